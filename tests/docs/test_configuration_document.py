@@ -182,10 +182,8 @@ def test_sources_of_settings_have_the_documented_priority(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "variables"),
     [
-        (["--max-batch", "0"], {}),
         (["--max-batch", ""], {}),
         (["--no-such-flag", "1"], {}),
-        ([], {"UNFOG_PORT": "70000"}),
         ([], {"UNFOG_API_KEYS": ""}),
     ],
 )

@@ -10,6 +10,7 @@ from model.checkpoint import CheckpointConfig, save
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
 from model.unet import UNet
+from tests.e2e.fork import can_fork
 from tests.e2e.process import Process
 from tests.e2e.service import Service
 from tests.tiny import COMPILED, tiny_unet
@@ -62,7 +63,7 @@ def start(checkpoint: Path) -> Iterator[Start]:
 
 def start_service(stack: ExitStack, checkpoint: Path, module: str = "app", **variables: str) -> Service:
     """Starts a service and waits until it is ready. Closing the stack stops it."""
-    process = Process(module, UNFOG_CHECKPOINT=str(checkpoint), **variables)
+    process = Process(module, is_forked=can_fork(variables), UNFOG_CHECKPOINT=str(checkpoint), **variables)
     stack.callback(process.kill)
     service = Service(process)
     stack.callback(service.client.close)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import uvicorn
 
+import app.main
 import app.runner.load
 from app.cli import main
 from app.engine.engine import Engine
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 KINDS = ("exception", "nan", "memory", "lost", "stuck", "noise", "print in C", "broken")
 FAULTS = {kind: place * 10**9 for place, kind in enumerate(KINDS, 1)}
-MEMORY_ROWS = 16  # a step with a "memory" row and more rows than this raises OutOfMemoryError
+MEMORY_ROWS = 6  # a step with a "memory" row and more rows than this raises OutOfMemoryError
 STUCK_SECONDS = 3600.0
 
 
@@ -111,4 +112,5 @@ if __name__ == "__main__":
     if os.environ.get("FAULT_AT_START") == "server":
         uvicorn.Config.load = _fail  # type: ignore[method-assign]
     app.runner.load.Runner = FaultyRunner  # type: ignore[misc] # what load_runner creates
+    app.main.STOP_SECONDS = 0.5  # a stuck step does not end
     main()

@@ -17,7 +17,7 @@ class LoadingProcess:
         os.mkfifo(self._pipe)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        self.process = Process(UNFOG_CHECKPOINT=str(self._pipe), UNFOG_PORT=str(port))
+        self.process = Process(is_forked=True, UNFOG_CHECKPOINT=str(self._pipe), UNFOG_PORT=str(port))
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT)
         self._writer = -1
         wait_until(self._is_read, "the process has opened its checkpoint")

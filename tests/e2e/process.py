@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.e2e.fork import THREADS, Fork
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 60  # seconds to wait for an expected event before the test fails; not a performance limit
 START_TIMEOUT = 240  # seconds for a start, which may compile; less than pytest's timeout for a test
 BASE = {
-    "OMP_NUM_THREADS": "1",
+    **THREADS,
     "UNFOG_NUM_THREADS": "1",
     "UNFOG_PORT": "0",
     "UNFOG_DEVICE": "cpu",
@@ -29,20 +31,25 @@ class Process:
     """Runs `python -m app` with the given environment variables and keeps every line of its stderr.
 
     UNFOG_ variables of the test process are not passed on. After `stop_reading` the pipe fills up, apart from a few
-    kilobytes in the reader's buffer.
+    kilobytes in the reader's buffer. `is_forked` saves the time of the imports.
     """
 
-    def __init__(self, module: str = "app", **variables: str) -> None:
+    def __init__(self, module: str = "app", *, is_forked: bool = False, **variables: str) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("UNFOG_")}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
-            cwd=ROOT,
-            env=clean | BASE | variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        environment = clean | BASE | variables
+        self._process: subprocess.Popen[str] | Fork
+        if is_forked:
+            self._process = Fork(module, str(ROOT), environment)
+        else:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         self.lines: list[str] = []
         self._may_read = threading.Event()
         self._may_read.set()

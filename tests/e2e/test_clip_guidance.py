@@ -46,7 +46,12 @@ def alone(service_with_clip: Service) -> dict[str, list[bytes]]:
     return {name: service_with_clip.images(**body) for name, body in GUIDED.items()}
 
 
-def together(service: Service, num_others: int = 8) -> tuple[dict[str, list[bytes]], list[bytes]]:
+@pytest.fixture(scope="module")
+def batched(service_with_clip: Service) -> tuple[dict[str, list[bytes]], list[bytes]]:
+    return together(service_with_clip, num_others=8)
+
+
+def together(service: Service, num_others: int) -> tuple[dict[str, list[bytes]], list[bytes]]:
     """Sends the guided requests, other guided requests and requests without CLIP guidance at the same time.
 
     Returns the images of the guided requests, and those of PLAIN.
@@ -64,9 +69,9 @@ def together(service: Service, num_others: int = 8) -> tuple[dict[str, list[byte
 
 
 def test_guided_images_have_the_same_bytes_alone_and_with_other_requests(
-    service_with_clip: Service, alone: dict[str, list[bytes]]
+    batched: tuple[dict[str, list[bytes]], list[bytes]], alone: dict[str, list[bytes]]
 ) -> None:
-    assert together(service_with_clip)[0] == alone
+    assert batched[0] == alone
 
 
 def test_guided_images_do_not_depend_on_batch_size_or_restart(alone: dict[str, list[bytes]], start: Start) -> None:
@@ -75,9 +80,9 @@ def test_guided_images_do_not_depend_on_batch_size_or_restart(alone: dict[str, l
 
 
 def test_images_without_clip_guidance_equal_those_of_a_service_without_clip(
-    service_with_clip: Service, service: Service
+    batched: tuple[dict[str, list[bytes]], list[bytes]], service: Service
 ) -> None:
-    assert together(service_with_clip)[1] == service.images(**PLAIN)
+    assert batched[1] == service.images(**PLAIN)
 
 
 @pytest.mark.parametrize("change", [{"clip_guidance_scale": 2}, {"clip_prompt": "a thin seven"}], ids=str)

@@ -16,8 +16,9 @@ from tests.e2e.process import TIMEOUT, wait_until
 from tests.e2e.service import Service, assert_problem, pngs
 
 FAULTY = "tests.e2e.faulty_service"
-NEIGHBOURS: list[dict[str, Any]] = [{"digit": digit, "count": 8, "seed": digit} for digit in range(4)]
-STEPS = (0, 1, 50, 99)  # steps at which a fault is injected, of 100
+NEIGHBOURS: list[dict[str, Any]] = [{"digit": digit, "count": 4, "seed": digit, "num_steps": 40} for digit in range(4)]
+FAULTY_REQUEST = {"digit": 9, "count": 3, "num_steps": 20}
+STEPS = (0, 1, 10, 19)  # steps at which a fault is injected, of 20
 SOON = {"UNFOG_WATCHDOG_SECONDS": "0.5", "UNFOG_GIVE_UP_SECONDS": "1"}
 
 
@@ -53,7 +54,7 @@ def test_failing_row_fails_only_its_own_request(
 ) -> None:
     if kind == "nan" and step == 0:
         step = 2  # a row has no state to overwrite with NaN before its first step
-    response, others = post_with_neighbours(faulty, {"digit": 9, "count": 3, "seed": fault_seed(kind, step)})
+    response, others = post_with_neighbours(faulty, {**FAULTY_REQUEST, "seed": fault_seed(kind, step)})
     assert_problem(response, 500, "internal_error")
     assert [pngs(other) for other in others] == neighbours_images
     faulty.wait_until_idle()
@@ -62,7 +63,7 @@ def test_failing_row_fails_only_its_own_request(
 
 @pytest.mark.parametrize("step", STEPS)
 def test_out_of_memory_step_fails_no_request(faulty: Service, neighbours_images: list[list[bytes]], step: int) -> None:
-    response, others = post_with_neighbours(faulty, {"digit": 9, "count": 3, "seed": fault_seed("memory", step)})
+    response, others = post_with_neighbours(faulty, {**FAULTY_REQUEST, "seed": fault_seed("memory", step)})
     assert response.status_code == 200
     assert len(pngs(response)) == 3
     assert [pngs(other) for other in others] == neighbours_images
@@ -82,13 +83,12 @@ def test_failing_stream_ends_with_an_error_event(faulty: Service) -> None:
     assert "ZeroDivisionError" in line  # the log contains the exception, the response does not
 
 
-@pytest.mark.parametrize("step", [99])
 def test_lost_device_is_503_for_all_requests_and_the_process_exits(
-    checkpoint: Path, neighbours_images: list[list[bytes]], step: int
+    checkpoint: Path, neighbours_images: list[list[bytes]]
 ) -> None:
     with ExitStack() as stack:
         lost = start_service(stack, checkpoint, FAULTY, UNFOG_REQUEST_TIMEOUT="300", **SOON)
-        response, others = post_with_neighbours(lost, {"digit": 9, "seed": fault_seed("lost", step)})
+        response, others = post_with_neighbours(lost, {**FAULTY_REQUEST, "seed": fault_seed("lost", STEPS[-1])})
         assert_problem(response, 503, "engine_failed")
         for other, images in zip(others, neighbours_images, strict=True):
             if other.status_code == 200:  # it completed before the fault
@@ -102,8 +102,6 @@ def test_lost_device_is_503_for_all_requests_and_the_process_exits(
         assert lost.process.wait() == 1
         assert "Traceback" not in lost.process.lines[-1]
         assert "Engine unresponsive for 1 s" in lost.process.lines[-1]
-        again = start_service(stack, checkpoint, FAULTY)
-        assert again.images(**NEIGHBOURS[0]) == neighbours_images[0]
 
 
 def test_stuck_step_is_503_for_all_requests_and_the_process_exits(checkpoint: Path) -> None:
@@ -141,7 +139,7 @@ def test_restart_after_failed_livez_recovers_the_service(
 def test_sigterm_ends_a_stuck_process_with_status_0_after_the_drain_timeout(checkpoint: Path) -> None:
     """The exit status is 0 although the watchdog would also end the process during the drain."""
     with ExitStack() as stack:
-        stuck = start_service(stack, checkpoint, FAULTY, UNFOG_REQUEST_TIMEOUT="300", UNFOG_DRAIN_TIMEOUT="3", **SOON)
+        stuck = start_service(stack, checkpoint, FAULTY, UNFOG_REQUEST_TIMEOUT="300", UNFOG_DRAIN_TIMEOUT="2", **SOON)
         pool = stack.enter_context(ThreadPoolExecutor())
         waiting = pool.submit(stuck.post, {"digit": 9, "seed": fault_seed("stuck", 10)})
         stuck.wait_until_running()

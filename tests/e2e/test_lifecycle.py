@@ -21,7 +21,7 @@ from tests.e2e.process import TIMEOUT, wait_until
 from tests.e2e.service import Service, assert_problem, pngs
 
 PROBES = ("/health", "/livez", "/readyz", "/startupz")
-WORK = {"digit": 4, "count": 10, "seed": 11}
+WORK = {"digit": 4, "count": 6, "seed": 11}
 ONE_ROW = {"UNFOG_MAX_BATCH": "1", "UNFOG_REQUEST_TIMEOUT": "300"}  # makes requests slow
 
 
@@ -133,9 +133,9 @@ def test_sigterm_completes_admitted_requests_and_rejects_new_ones(start: Start, 
 
 def test_unfinished_requests_are_503_after_the_drain_timeout(start: Start) -> None:
     draining = start(**ONE_ROW, UNFOG_DRAIN_TIMEOUT="0.1")
-    with ThreadPoolExecutor() as pool, draining.events({"digit": 1, "count": 64}) as events:
-        unfinished = pool.submit(draining.post, {"digit": 1, "count": 64})
-        wait_until(lambda: images_in_service(draining) > 64, "both requests are admitted")
+    with ThreadPoolExecutor() as pool, draining.events({"digit": 1, "count": 16}) as events:
+        unfinished = pool.submit(draining.post, {"digit": 1, "count": 16})
+        wait_until(lambda: images_in_service(draining) > 16, "both requests are admitted")
         draining.process.signal(signal.SIGINT)
         assert_problem(unfinished.result(TIMEOUT), 503, "draining")
         name, problem = list(events)[-1]
@@ -147,7 +147,7 @@ def test_unfinished_requests_are_503_after_the_drain_timeout(start: Start) -> No
 def test_second_sigterm_ends_the_drain_and_answers_every_request(start: Start) -> None:
     draining = start(**ONE_ROW, UNFOG_DRAIN_TIMEOUT="1000")
     with ThreadPoolExecutor() as pool:
-        unfinished = pool.submit(draining.post, {"digit": 1, "count": 64})
+        unfinished = pool.submit(draining.post, {"digit": 1, "count": 16})
         wait_until(lambda: images_in_service(draining) > 0, "the request is admitted")
         draining.process.signal(signal.SIGTERM)
         wait_until(lambda: draining.client.get("/readyz").status_code == 503, "the service is draining")

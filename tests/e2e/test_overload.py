@@ -41,7 +41,7 @@ def ten_times_the_capacity(seed: int) -> list[dict[str, Any]]:
     choose, bodies, images = random.Random(seed), [], 0
     while images < 10 * CAPACITY:
         count = choose.choice([1, 1, 2, 4, 8, 16])
-        bodies.append({"digit": choose.randrange(10), "count": count, "seed": len(bodies), "num_steps": 50})
+        bodies.append({"digit": choose.randrange(10), "count": count, "seed": len(bodies), "num_steps": 20})
         images += count
     return bodies
 

@@ -44,7 +44,9 @@ def altered(png: bytes, *, amount: int = 0, **chunks: str) -> bytes:
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_picture_generated_again_has_the_same_bytes(service: Service, body: dict[str, Any]) -> None:
+def test_service_and_script_generate_a_picture_again_with_the_same_bytes(
+    service: Service, checkpoint: Path, tmp_path: Path, body: dict[str, Any]
+) -> None:
     png = draw(service, **body)
     again = reproduce(service, png, PNG)
     assert (again.status_code, again.headers["x-identical"]) == (200, "true")
@@ -53,6 +55,10 @@ def test_picture_generated_again_has_the_same_bytes(service: Service, body: dict
     expected = {"identical": True, "reason": None, "different_pixels": 0, "largest_difference": 0}
     assert expected.items() <= answer.json().items()
     assert pngs(answer) == service.images(**body)
+    (tmp_path / "picture.png").write_bytes(png)
+    options = ["--like", str(tmp_path / "picture.png"), f"--checkpoint={checkpoint}", "--compile=off"]
+    sample.main([*options, f"--out={tmp_path / 'again.png'}"])
+    assert (tmp_path / "again.png").read_bytes() == png
 
 
 def test_image_of_an_archive_is_generated_again_with_its_index(service: Service) -> None:
@@ -143,16 +149,6 @@ def test_client_that_leaves_cancels_the_images(service: Service) -> None:
     service.wait_for(before + 64, "cancelled_total", stage="running")
     service.wait_for(1, "requests_total", route="/reproduce", code="499")
     service.wait_until_idle()
-
-
-@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_script_generates_the_pictures_of_the_service_again(
-    service: Service, checkpoint: Path, tmp_path: Path, body: dict[str, Any]
-) -> None:
-    picture, again = tmp_path / "picture.png", tmp_path / "again.png"
-    picture.write_bytes(draw(service, **body))
-    sample.main(["--like", str(picture), f"--checkpoint={checkpoint}", "--compile=off", f"--out={again}"])
-    assert again.read_bytes() == picture.read_bytes()
 
 
 def test_service_generates_the_pictures_of_the_script_again(service: Service, checkpoint: Path, tmp_path: Path) -> None:

@@ -90,16 +90,6 @@ def test_request_whose_child_process_is_killed_is_answered_by_a_new_one(scoring:
     assert (answered.status_code, answered.json()["similarities"]) == (200, expected)
 
 
-def test_child_process_that_ends_between_two_requests_starts_again(scoring: Service) -> None:
-    expected = score(scoring).json()["similarities"]
-    (child,) = psutil.Process(scoring.process.pid).children()
-    ended = os.pidfd_open(child.pid)
-    child.kill()
-    assert select.select([ended], [], [], TIMEOUT)[0]
-    os.close(ended)
-    assert score(scoring).json()["similarities"] == expected
-
-
 def test_child_process_ends_with_the_service(checkpoint: Path) -> None:
     """test_clip_process.py kills the parent instead."""
     with ExitStack() as stack:

@@ -83,7 +83,7 @@ def failed_starts(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
         starts[damage.__name__] = {"UNFOG_CHECKPOINT": str(path)}
 
     def run(variables: dict[str, str]) -> tuple[int, list[str]]:
-        process = Process(**{"UNFOG_CHECKPOINT": str(checkpoint)} | variables)
+        process = Process(is_forked=True, **{"UNFOG_CHECKPOINT": str(checkpoint)} | variables)
         try:
             return process.wait(), process.lines
         finally:

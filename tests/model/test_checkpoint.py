@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -39,6 +41,7 @@ from model.unet import UNet
 from tests.tiny import tiny_unet
 
 ROOT = Path(__file__).parents[2]
+EACH_CONDITIONING = pytest.mark.parametrize("network", ["every_block", "bottom"], indirect=True)
 
 
 def config_of(network: UNet, **fields: Any) -> CheckpointConfig:
@@ -51,10 +54,25 @@ def config_of(network: UNet, **fields: Any) -> CheckpointConfig:
     )
 
 
+@pytest.fixture(params=["every_block"])  # the conditioning has no effect on the checks of the file
+def network(request: pytest.FixtureRequest) -> UNet:
+    return tiny_unet(conditioning=request.param)
+
+
+@cache
+def content_of(conditioning: str) -> bytes:
+    """Returns a saved checkpoint. Saving takes 0.1 s, because it generates the probe image."""
+    network = tiny_unet(conditioning=conditioning)
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "tiny.safetensors")
+        save(path, network, config_of(network))
+        return path.read_bytes()
+
+
 @pytest.fixture
 def saved(network: UNet, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.safetensors"
-    save(path, network, config_of(network))
+    path.write_bytes(content_of(network.config.conditioning))
     return path
 
 
@@ -86,6 +104,7 @@ def rejection(path: Path) -> str:
     return message
 
 
+@EACH_CONDITIONING
 def test_load_returns_what_save_wrote(network: UNet, saved: Path) -> None:
     loaded = load(saved)
     assert loaded.config == config_of(network)
@@ -123,11 +142,13 @@ def test_read_config_rejects_a_missing_file_and_a_folder(tmp_path: Path) -> None
             read_config(path)
 
 
+@EACH_CONDITIONING
 def test_loaded_network_gives_the_same_output_as_the_saved_one(network: UNet, saved: Path) -> None:
     batch = torch.randn(3, 1, 8, 8), torch.tensor([1, 50, 100]), torch.tensor([0, 9, 10])
     assert torch.equal(load(saved).network(*batch), network(*batch))
 
 
+@EACH_CONDITIONING
 def test_float16_weights_are_loaded_as_float32_and_match_the_probe_image(network: UNet, tmp_path: Path) -> None:
     save(tmp_path / "half.safetensors", network, config_of(network), dtype=torch.float16)
     loaded = load(tmp_path / "half.safetensors")
@@ -137,6 +158,7 @@ def test_float16_weights_are_loaded_as_float32_and_match_the_probe_image(network
     assert (loaded.probe_image - fresh).abs().max() <= 0.5 / 127.5 + 1e-4  # the tolerance is half a grey level
 
 
+@EACH_CONDITIONING
 def test_channels_last_weights_are_saved_like_contiguous_weights(network: UNet, saved: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     save(other, network.to(memory_format=torch.channels_last), config_of(network))  # type: ignore[call-overload]
@@ -156,11 +178,13 @@ def test_loading_does_not_import_the_compiler_of_torch() -> None:
     assert done.stdout == "False\n"
 
 
+@EACH_CONDITIONING
 def test_saving_twice_writes_the_same_bytes(network: UNet, saved: Path, tmp_path: Path) -> None:
     save(tmp_path / "again.safetensors", network, config_of(network))
     assert (tmp_path / "again.safetensors").read_bytes() == saved.read_bytes()
 
 
+@EACH_CONDITIONING
 def test_probe_image_equals_a_newly_generated_one(saved: Path) -> None:
     loaded = load(saved)
     fresh = draw_probe(loaded.network, loaded.config)
@@ -191,6 +215,7 @@ def test_bytes_after_the_end_are_rejected(saved: Path) -> None:
     rejection(saved)
 
 
+@EACH_CONDITIONING
 def test_flipped_bit_in_any_tensor_is_detected(saved: Path) -> None:
     content = saved.read_bytes()
     header, start = header_of(saved)
@@ -262,6 +287,7 @@ def test_other_format_version_is_rejected_with_its_number(saved: Path, version: 
     assert "this release reads version 1" in message
 
 
+@EACH_CONDITIONING
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinite_weights_are_rejected(network: UNet, tmp_path: Path, value: float) -> None:
     path = tmp_path / "nan.safetensors"
@@ -276,27 +302,11 @@ def test_unreadable_path_is_rejected_with_the_reason(saved: Path, tmp_path: Path
     assert "Not a directory" in rejection(saved / "deeper")
 
 
-@pytest.mark.parametrize("part", [None, "unet", "schedule", "prediction", "guidance", "probe"])
-def test_unknown_field_is_rejected(saved: Path, part: str | None) -> None:
-    rewrite_metadata(saved, lambda metadata: (metadata[part] if part else metadata).update(invented=1))
-    assert "not a checkpoint of unfog" in rejection(saved)
-
-
 def test_guidance_by_sampler_overrides_the_recommended_guidance(network: UNet, tmp_path: Path) -> None:
     of_ddpm = Guidance(4.0, 20, 60)
     save(tmp_path / "tiny.safetensors", network, config_of(network, guidance_by_sampler={"ddpm": of_ddpm}))
     config = load(tmp_path / "tiny.safetensors").config
     assert [config.guidance_of(sampler) for sampler in ("ddpm", "ddim")] == [of_ddpm, Guidance(1.5, 10, 90)]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"euler": {}}, {"ddpm": {"scale": 0.5}}, {"ddpm": {"start": 9, "stop": 8}}, {"ddpm": {"invented": 1}}, [], 7],
-    ids=str,
-)
-def test_invalid_guidance_by_sampler_is_rejected(saved: Path, wrong: object) -> None:
-    rewrite_metadata(saved, lambda metadata: metadata.update(guidance_by_sampler=wrong))
-    assert "not a checkpoint of unfog" in rejection(saved)
 
 
 def test_guidance_by_sampler_needs_label_drop(network: UNet) -> None:
@@ -318,56 +328,39 @@ def test_missing_required_field_is_rejected(saved: Path, field: str) -> None:
     assert "not a checkpoint of unfog" in rejection(saved)
 
 
+PARTS = ("unet", "schedule", "prediction", "guidance", "probe")
+WRONG_VALUES: dict[tuple[str, ...], list[object]] = {
+    ("unet", "widths"): [[], [0, 0], 8],
+    ("unet", "stem_patch"): [0],
+    ("unet", "num_steps"): [0],
+    ("unet", "num_classes"): ["ten"],
+    ("unet", "conditioning"): ["top"],
+    ("unet", "image_size"): [16],
+    ("unet", "residual"): [False],
+    ("schedule", "kind"): ["sigmoid"],
+    ("schedule", "num_steps"): [0, -1],
+    ("guidance", "scale"): [0.5],
+    ("guidance", "start"): [0],
+    ("guidance", "stop"): [9],
+    ("probe", "sampler"): ["euler"],
+    ("probe", "num_steps"): [101],
+    ("probe", "digit"): [10],
+    ("probe", "seed"): [-1, 2**53],
+    ("samplers",): [[], ["ddpm", "euler"]],
+    ("probe_image",): ["", "not base64!", 7, None],
+    ("steps",): [[0], [4.5], [101], ["4"], [4, -1], 4],
+    ("guidance_by_sampler",): [{"euler": {}}, {"ddpm": {"scale": 0.5}}, {"ddpm": {"start": 9, "stop": 8}}, [], 7],
+    ("guidance_by_sampler", "ddpm"): [{"invented": 1}],
+    ("invented",): [1],
+    **{(part, "invented"): [1] for part in PARTS},
+}
+
+
 @pytest.mark.parametrize(
-    ("part", "field", "value"),
-    [
-        ("unet", "widths", [8, 24]),
-        ("unet", "widths", []),
-        ("unet", "widths", [0, 0]),
-        ("unet", "widths", 8),
-        ("unet", "num_pairs", 2),
-        ("unet", "stem_patch", 0),
-        ("unet", "num_steps", 0),
-        ("unet", "num_classes", "ten"),
-        ("unet", "conditioning", "top"),
-        ("unet", "image_size", 16),
-        ("unet", "residual", False),
-        ("schedule", "kind", "sigmoid"),
-        ("schedule", "num_steps", 0),
-        ("schedule", "num_steps", -1),
-        ("schedule", "num_steps", 50),
-        ("guidance", "scale", 0.5),
-        ("guidance", "start", 0),
-        ("guidance", "stop", 9),
-        ("probe", "sampler", "euler"),
-        ("probe", "num_steps", 101),
-        ("probe", "digit", 10),
-        ("probe", "seed", -1),
-        ("probe", "seed", 2**53),
-    ],
+    ("path", "value"), [(path, value) for path, values in WRONG_VALUES.items() for value in values], ids=str
 )
-def test_configuration_that_contradicts_the_tensors_is_rejected(
-    saved: Path, part: str, field: str, value: object
-) -> None:
-    rewrite_metadata(saved, lambda metadata: metadata[part].update({field: value}))
-    assert "not a checkpoint of unfog" in rejection(saved)
-
-
-@pytest.mark.parametrize("samplers", [[], ["euler"], ["ddpm", "euler"]], ids=str)
-def test_unknown_samplers_are_rejected(saved: Path, samplers: list[str]) -> None:
-    rewrite_metadata(saved, lambda metadata: metadata.update(samplers=samplers))
-    assert "not a checkpoint of unfog" in rejection(saved)
-
-
-@pytest.mark.parametrize("image", ["", "AAAA", "not base64!", 7, None], ids=str)
-def test_invalid_probe_image_is_rejected(saved: Path, image: object) -> None:
-    rewrite_metadata(saved, lambda metadata: metadata.update(probe_image=image))
-    assert "not a checkpoint of unfog" in rejection(saved)
-
-
-@pytest.mark.parametrize("steps", [[0], [4.5], [101], ["4"], [4, -1], 4], ids=str)
-def test_steps_outside_the_limits_of_requests_are_rejected(saved: Path, steps: object) -> None:
-    rewrite_metadata(saved, lambda metadata: metadata.update(steps=steps))
+def test_wrong_value_of_a_field_is_rejected(saved: Path, path: tuple[str, ...], value: object) -> None:
+    rewrite_metadata(saved, lambda metadata: replace_value(metadata, path, value))
     assert "not a checkpoint of unfog" in rejection(saved)
 
 
@@ -452,12 +445,11 @@ def test_hostile_metadata_is_loaded_or_rejected(saved: Path, network: UNet, data
     assert_loaded_or_rejected(saved)
 
 
-@pytest.mark.parametrize("network", ["every_block"], indirect=True)  # the conditioning has no effect on the checks
 @pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_value_in_any_field_is_loaded_or_rejected(saved: Path, value: object) -> None:
     content = saved.read_bytes()
     metadata = json.loads(header_of(saved)[0]["__metadata__"]["unfog"])
-    for part in ("unet", "schedule", "prediction", "guidance", "probe"):
+    for part in PARTS:
         for field in metadata[part]:
             saved.write_bytes(content)
             rewrite_metadata(saved, lambda m, part=part, field=field: replace_value(m, (part, field), value))

@@ -105,27 +105,29 @@ def test_step_is_compiled_on_a_gpu_only_on_request(
     assert should_compile(wanted, torch.device("cuda")) is expected
 
 
-@pytest.mark.parametrize(("recipe", "where"), [("cosine", "epoch"), ("plateau", "epoch"), ("cosine", "write")])
+@pytest.mark.parametrize("where", ["epoch", "write"])
 def test_resumed_run_after_sigkill_has_the_same_bits_as_an_uninterrupted_run(
-    data_folder: Path, complete_runs: dict[str, Path], recipe: str, where: str
+    data_folder: Path, complete_runs: dict[str, Path], where: str
 ) -> None:
-    out = data_folder / f"killed-{recipe}-{where}"
-    argv = arguments(data_folder, recipe, out)
+    out = data_folder / f"killed-{where}"
+    argv = arguments(data_folder, "cosine", out)
     command = [sys.executable, "-m", "tests.scripts.tiny_training", where, "SIGKILL", *argv]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     assert state_of(out)["trainer"]["epoch"] == 1
     train.main(argv)
     assert state_of(out)["trainer"]["epoch"] == 3
-    assert differences(out, complete_runs[recipe]) == []
+    assert differences(out, complete_runs["cosine"]) == []
 
 
-def stop_training(data_folder: Path, out: Path, where: str, number: str) -> subprocess.CompletedProcess[str]:
+def stop_training(
+    data_folder: Path, out: Path, where: str, number: str, recipe: str = "cosine"
+) -> subprocess.CompletedProcess[str]:
     """Trains until the signal. `where` is that of tiny_training.end_at."""
     command = [sys.executable, "-m", "tests.scripts.tiny_training", where, number]
     compiled = "--compile=on" if where == "compile" else "--compile=off"
     return subprocess.run(
-        [*command, *arguments(data_folder, "cosine", out, compiled)],
+        [*command, *arguments(data_folder, recipe, out, compiled)],
         cwd=ROOT,
         env=os.environ | {"CXX": sys.executable},  # a program that exists
         capture_output=True,
@@ -135,15 +137,20 @@ def stop_training(data_folder: Path, out: Path, where: str, number: str) -> subp
     )
 
 
-@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_stopped_run_prints_how_to_resume(data_folder: Path, number: str, status: int) -> None:
+@pytest.mark.parametrize(("number", "status", "recipe"), [("SIGINT", 130, "cosine"), ("SIGHUP", 129, "plateau")])
+def test_stopped_run_prints_how_to_resume_and_resumes_with_the_same_bits(
+    data_folder: Path, complete_runs: dict[str, Path], number: str, status: int, recipe: str
+) -> None:
+    """test_stopping.py sends SIGTERM."""
     out = data_folder / f"stopped-{number}"
-    stopped = stop_training(data_folder, out, "epoch", number)
+    stopped = stop_training(data_folder, out, "epoch", number, recipe)
     assert stopped.returncode == status, stopped.stderr
     assert stopped.stderr.strip().splitlines() == [
         "train: stopped; run the same command again to resume from the last complete epoch"
     ]
     assert state_of(out)["trainer"]["epoch"] == 1
+    train.main(arguments(data_folder, recipe, out))
+    assert differences(out, complete_runs[recipe]) == []
 
 
 def test_run_stopped_while_compiling_ends_without_a_promise_to_resume(data_folder: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from app.runner import warm_up
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.prediction import PredictionConfig
@@ -13,10 +14,10 @@ from tests.app.runner.rows import GUIDANCE
 from tests.tiny import tiny_unet
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["grey", "colour"])
+@pytest.fixture(scope="module", params=["grey"])
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the file of a checkpoint with random weights."""
-    network = tiny_unet(image_channels=request.param)
+    """Returns the file of a checkpoint with random weights. Its images are grey, except with rows.GREY_AND_COLOUR."""
+    network = tiny_unet(image_channels=3 if request.param == "colour" else 1)
     for parameter in network.parameters():
         parameter.mul_(0.6)  # With smaller weights, not all pixels are clipped.
     config = CheckpointConfig(
@@ -28,7 +29,10 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def loaded(path: Path) -> Checkpoint:
+def loaded(path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+    """Returns the checkpoint. A warm-up measures its steps for at most 0.05 s."""
+    monkeypatch.setattr(warm_up, "TIMING_SECONDS", 0.05)
+    monkeypatch.setattr(warm_up, "LONGEST_TIMING_SECONDS", 0.05)
     return checkpoint.load(path)
 
 

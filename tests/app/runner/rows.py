@@ -16,6 +16,7 @@ from model.spec import SAMPLERS, Guidance, Sampler
 
 CPU = torch.device("cpu")
 GUIDANCE = Guidance(scale=2.0, start=20, stop=80)
+GREY_AND_COLOUR = pytest.mark.parametrize("path", ["grey", "colour"], indirect=True)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 

@@ -16,6 +16,7 @@ from model.spec import SAMPLERS, Guidance, Sampler
 from tests.app.runner.rows import (
     CPU,
     DTYPES,
+    GREY_AND_COLOUR,
     GUIDANCE,
     CountingNetwork,
     draw,
@@ -27,6 +28,7 @@ from tests.app.runner.rows import (
 )
 
 
+@GREY_AND_COLOUR
 @DTYPES
 def test_row_has_the_same_pixels_alone_and_in_any_batch(loaded: Checkpoint, dtype: torch.dtype) -> None:
     runner = new_runner(loaded, dtype)
@@ -36,6 +38,7 @@ def test_row_has_the_same_pixels_alone_and_in_any_batch(loaded: Checkpoint, dtyp
         assert equal(draw(runner, mixed_rows(), max_batch, order), alone)
 
 
+@GREY_AND_COLOUR
 @DTYPES
 def test_two_models_in_one_step_generate_the_same_pixels_as_each_alone(
     loaded: Checkpoint, other: Checkpoint, dtype: torch.dtype
@@ -100,7 +103,7 @@ def test_image_with_its_own_digit_seed_and_index_equals_that_of_a_separate_job(
     ]
     assert len({image.tobytes() for image in separate}) == len(KEYS)
     assert equal(draw(runner, own_rows()), separate)
-    for max_batch, order in [(64, None), (16, 1), (3, 2)]:
+    for max_batch, order in [(64, None), (3, 2)]:
         assert equal(draw(runner, [*own_rows(), *mixed_rows()], max_batch, order)[: len(KEYS)], separate)
 
 
@@ -114,6 +117,7 @@ def test_image_does_not_depend_on_the_count_of_the_request(loaded: Checkpoint) -
     assert equal(draw(runner, rows_of(5))[:2], draw(runner, rows_of(2)))
 
 
+@GREY_AND_COLOUR
 @pytest.mark.parametrize("num_steps", [1, 9, 30])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(2.0), GUIDANCE], ids=["off", "everywhere", "interval"])

@@ -1,6 +1,7 @@
 """Compares rows with CLIP guidance alone, in batches, and with the offline process."""
 
 import copy
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from app.engine.job import ClipTarget, Job, JobRequest, Options, Pixels, StepRows, Trajectory
+from app.runner import warm_up
 from app.runner.clip import ClipModel
 from app.runner.graphs.graph_runner import GraphRunner
 from app.runner.runner import Runner
@@ -21,7 +23,7 @@ from model.prompts import digit_prompt
 from model.sampler import make_plan
 from model.spec import CALL_ROWS, SAMPLERS, Sampler
 from tests.app.runner.late_device import LateDevice
-from tests.app.runner.rows import CPU, DTYPES, GUIDANCE, draw, equal, mixed_rows, rows_of
+from tests.app.runner.rows import CPU, DTYPES, GREY_AND_COLOUR, GUIDANCE, draw, equal, mixed_rows, rows_of
 
 pytest.importorskip("open_clip")
 
@@ -57,7 +59,7 @@ def test_row_with_clip_guidance_has_the_same_pixels_alone_and_in_any_batch(
     runner = runner_with_clip(loaded, clip, dtype)
     alone = [draw(runner, [row])[0] for row in mixed_guided_rows(runner, clip)]
     assert len(alone) > CALL_ROWS
-    for max_batch, order in [(64, None), (64, 1), (7, 2), (3, 3)]:
+    for max_batch, order in [(64, 1), (7, 2)]:
         rows = [*mixed_guided_rows(runner, clip), *mixed_rows()]
         assert equal(draw(runner, rows, max_batch, order)[: len(alone)], alone)
 
@@ -73,6 +75,7 @@ def test_rows_without_clip_guidance_keep_their_pixels_next_to_rows_with_it(
         assert equal(draw(runner, rows, max_batch, order)[: len(expected)], expected)
 
 
+@GREY_AND_COLOUR
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_images_equal_those_of_the_offline_process(loaded: Checkpoint, clip: Clip, sampler: Sampler) -> None:
     runner = runner_with_clip(loaded, clip, torch.float32)
@@ -93,6 +96,7 @@ def test_images_equal_those_of_the_offline_process(loaded: Checkpoint, clip: Cli
     assert not equal(found, draw(runner, rows_of(3, num_steps=12, sampler=sampler, guidance_scale=GUIDANCE.scale)))
 
 
+@GREY_AND_COLOUR
 def test_images_are_the_same_on_graphs(loaded: Checkpoint, clip: Clip) -> None:
     def drawn(runner: Runner) -> list[Pixels]:
         return draw(runner, [*mixed_guided_rows(runner, clip), *mixed_rows()], max_batch=7)
@@ -125,6 +129,7 @@ def test_warm_up_measures_a_call_of_clip(loaded: Checkpoint, clip: Clip, monkeyp
         return embed(x)
 
     monkeypatch.setattr(clip, "embed_images", count)
+    monkeypatch.setattr(warm_up, "LONGEST_TIMING_SECONDS", math.inf)
     runner = runner_with_clip(loaded, clip, torch.float32)
     times = runner.warm_up(lambda: False)
     assert times.clip_seconds > 0

@@ -23,11 +23,12 @@ from model.process import draw as draw_alone
 from model.sampler import make_plan
 from model.schedule import Schedule, ScheduleConfig
 from model.step import ReverseStep
-from tests.app.runner.rows import CPU, draw, equal, new_runner, rows_of, step
+from tests.app.runner.rows import CPU, GREY_AND_COLOUR, draw, equal, new_runner, rows_of, step
 
 SCHEDULE = Schedule(ScheduleConfig())
 
 
+@GREY_AND_COLOUR
 def test_slots_grow_and_are_reused_after_release(loaded: Checkpoint) -> None:
     runner = new_runner(loaded)
     rows = rows_of(150, num_steps=3)
@@ -84,6 +85,7 @@ def test_step_that_raises_does_not_change_the_state(loaded: Checkpoint) -> None:
     assert equal(draw(runner, rows), expected)
 
 
+@GREY_AND_COLOUR
 def test_image_without_a_step_is_black(loaded: Checkpoint) -> None:
     runner = new_runner(loaded)
     rows = rows_of(3)
@@ -96,6 +98,7 @@ def test_image_without_a_step_is_black(loaded: Checkpoint) -> None:
     assert images[0].shape == images[1].shape == ((size, size) if channels == 1 else (size, size, channels))
 
 
+@GREY_AND_COLOUR
 def test_x_t_is_that_of_the_reverse_process_and_equals_the_image_after_the_last_step(loaded: Checkpoint) -> None:
     num_steps, index = 5, torch.arange(2)
     expected: list[Tensor] = []  # x_t before each step
@@ -120,6 +123,7 @@ def test_x_t_is_that_of_the_reverse_process_and_equals_the_image_after_the_last_
         np.testing.assert_array_equal(x_0, own)
 
 
+@GREY_AND_COLOUR
 def test_x_t_of_an_image_without_a_step_is_black(loaded: Checkpoint) -> None:
     runner, rows = new_runner(loaded), rows_of(3)
     step(runner, rows[1:2])

@@ -18,7 +18,7 @@ from model.compiled.compiler import CompilerError
 from model.precision import fast_dtype
 from model.schedule import ScheduleConfig
 from model.spec import SAMPLERS, Guidance
-from tests.app.runner.rows import CPU, GUIDANCE, new_runner
+from tests.app.runner.rows import CPU, GREY_AND_COLOUR, GUIDANCE, new_runner
 from tests.tiny import tiny_unet
 
 
@@ -27,6 +27,7 @@ def without_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNFOG_CLIP", "off")  # test_clip.py loads it
 
 
+@GREY_AND_COLOUR
 def test_model_info_has_the_served_checkpoint_and_precision(path: Path, loaded: Checkpoint) -> None:
     info = load_runner(Settings(checkpoint=path, device="cpu", dtype="bfloat16", compile="off")).models["default"]
     assert (info.name, info.sha256, info.device, info.dtype) == ("default", loaded.sha256, "cpu", "bfloat16")

@@ -12,7 +12,7 @@ from app.runner.runner import Runner
 from app.runner.threads import ComputeThreads
 from model.checkpoint import Checkpoint, load
 from model.spec import SHIPPED, SHIPPED_FAST
-from tests.app.runner.rows import CPU, DTYPES, CountingNetwork, new_runner
+from tests.app.runner.rows import CPU, DTYPES, GREY_AND_COLOUR, CountingNetwork, new_runner
 
 
 def test_warm_up_checks_the_probe_image_of_each_model(loaded: Checkpoint, other: Checkpoint) -> None:
@@ -80,6 +80,7 @@ def test_warm_up_generates_only_the_probe_image_if_it_should_stop(loaded: Checkp
     assert len(network.rows) == loaded.config.probe.num_steps  # only the steps of the probe image
 
 
+@GREY_AND_COLOUR
 @DTYPES
 def test_warm_up_raises_if_the_probe_image_differs(loaded: Checkpoint, dtype: torch.dtype) -> None:
     wrong = dataclasses.replace(loaded, probe_image=-loaded.probe_image)

@@ -15,7 +15,7 @@ from model.pixels import to_pixels
 from model.process import Start, compare, draw, recognise
 from model.sampler import plan_through
 from model.spec import Guidance
-from tests.app.runner.rows import DTYPES, GUIDANCE, new_runner
+from tests.app.runner.rows import DTYPES, GREY_AND_COLOUR, GUIDANCE, new_runner
 from tests.app.runner.task_rows import (
     NUM_PAIRS,
     Outcome,
@@ -39,6 +39,7 @@ def pixels_of(images: torch.Tensor) -> bytes:
     return bytes(to_pixels(images)[0].permute(1, 2, 0).contiguous().numpy().tobytes())
 
 
+@GREY_AND_COLOUR
 @DTYPES
 def test_row_of_any_task_has_the_same_values_alone_and_in_any_batch(loaded: Checkpoint, dtype: torch.dtype) -> None:
     runner = new_runner(loaded, dtype)
@@ -62,6 +63,7 @@ def test_generated_images_keep_their_bits_if_rows_of_other_tasks_share_their_ste
     assert [outcome for outcome, is_drawn in zip(shared, is_drawing, strict=True) if is_drawn] == expected
 
 
+@GREY_AND_COLOUR
 def test_known_pixels_do_not_change_the_next_row_in_their_slot(loaded: Checkpoint) -> None:
     used, fresh = new_runner(loaded), new_runner(loaded)
     info = used.models["default"]
@@ -78,6 +80,7 @@ def test_known_pixels_do_not_change_the_next_row_in_their_slot(loaded: Checkpoin
     assert finish(used, rows) == expected
 
 
+@GREY_AND_COLOUR
 @DTYPES
 @pytest.mark.parametrize("seed", [3, 4, 5], ids=["ddpm", "ddim", "dpmpp"])
 @pytest.mark.parametrize("make", [edit_rows, inpaint_rows])
@@ -106,6 +109,7 @@ def test_row_with_an_input_equals_the_offline_process(
             assert torch.equal(x_0[is_known], image[is_known])
 
 
+@GREY_AND_COLOUR
 def test_errors_of_a_recognition_row_equal_those_of_the_offline_classifier(loaded: Checkpoint) -> None:
     runner = new_runner(loaded)
     info = runner.models["default"]
@@ -122,6 +126,7 @@ def test_errors_of_a_recognition_row_equal_those_of_the_offline_classifier(loade
     assert pixels == pixels_of(image)
 
 
+@GREY_AND_COLOUR
 @pytest.mark.parametrize("make", [search_rows, noisy_search_rows])
 def test_errors_of_a_search_equal_those_of_the_offline_search(
     loaded: Checkpoint, make: Callable[..., list[Trajectory]]

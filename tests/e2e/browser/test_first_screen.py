@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.e2e.browser.conftest import DESKTOP, PHONE, Open, Watched
+from tests.e2e.browser.conftest import DESKTOP, FIRST_VISIT, PHONE, Open, Watched
 from tests.e2e.browser.test_draw import draw_seven, verdict
 from tests.e2e.browser.views import predictions, wait_until_compared, wait_until_finished
 from tests.e2e.conftest import Start, start_service
@@ -68,7 +68,7 @@ def slow(checkpoint: Path) -> Iterator[Service]:
 
 @EACH_SIZE
 def test_button_and_first_image_are_inside_the_window(slow: Service, open_page: Open, size: dict[str, Any]) -> None:
-    page = open_page(slow, viewport=size)
+    page = open_page(slow, FIRST_VISIT, viewport=size)
     expect(page.get_by_text(re.compile(r"^Step \d+ of 100"))).to_be_visible()
     running = ("#digit-keys", "#generate-button", "progress", ".run-line button", "div.tile", "button.tile")
     for selector in running:
@@ -84,7 +84,7 @@ def test_button_and_first_image_are_inside_the_window(slow: Service, open_page: 
 def test_desktop_shows_all_images_and_the_buttons_below_them(
     service: Service, open_page: Open, size: dict[str, Any]
 ) -> None:
-    page = open_page(service, viewport=size)
+    page = open_page(service, FIRST_VISIT, viewport=size)
     wait_until_finished(page)
     for selector in ("#generate-stage button.tile >> nth=3", "#generate-stage input", "#generate-stage summary"):
         assert is_inside(page, selector), selector
@@ -137,7 +137,7 @@ RECOGNISED = {
 
 def test_opening_the_page_generates_once_and_adds_nothing_to_the_history(service: Service, open_page: Open) -> None:
     before = service.metrics().value("images_total", digit="7")
-    page = open_page(service)
+    page = open_page(service, FIRST_VISIT)
     wait_until_finished(page)
     assert len(set(predictions(page))) == 4
     expect(page.locator("#history")).to_be_hidden()
@@ -159,7 +159,9 @@ def test_digit_in_the_address_is_generated_at_once(service: Service, open_page: 
 
 
 def test_reduced_motion_shows_only_the_finished_images(slow: Service, open_page: Open) -> None:
-    page = open_page(slow, prepare=lambda page: page.add_init_script(COUNT_SOURCES), reduced_motion="reduce")
+    page = open_page(
+        slow, FIRST_VISIT, prepare=lambda page: page.add_init_script(COUNT_SOURCES), reduced_motion="reduce"
+    )
     expect(page.locator("#generate-stage progress")).to_be_visible()
     expect(page.locator("#generate-stage .pane").first).to_be_hidden()
     wait_until_finished(page)
@@ -178,12 +180,12 @@ def test_slow_network_gets_fewer_previews(service: Service, open_page: Open, kin
         page.add_init_script(script)
         page.on("request", lambda request: paths.append(request.url.removeprefix(service.url)))
 
-    wait_until_finished(open_page(service, prepare=prepare))
+    wait_until_finished(open_page(service, FIRST_VISIT, prepare=prepare))
     assert f"/generate?previews={previews}&include=x_t" in paths
 
 
 def test_first_run_does_not_take_the_focus(slow: Service, open_page: Open) -> None:
-    page = open_page(slow)
+    page = open_page(slow, FIRST_VISIT)
     expect(page.get_by_role("button", name="Cancel")).to_be_visible()
     assert page.evaluate("document.activeElement === document.body")
     wait_until_finished(page)
@@ -191,7 +193,7 @@ def test_first_run_does_not_take_the_focus(slow: Service, open_page: Open) -> No
 
 
 def test_focus_moves_from_cancel_to_the_button_that_replaces_it(slow: Service, open_page: Open) -> None:
-    page = open_page(slow)
+    page = open_page(slow, FIRST_VISIT)
     page.get_by_role("button", name="Cancel").focus()
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="Run again")).to_be_focused()
@@ -204,7 +206,7 @@ def test_refused_first_run_counts_down_and_leaves_the_form_usable(
     start: Start, open_page: Open, watched: Watched
 ) -> None:
     watched.expected.append("429")
-    page = open_page(start(UNFOG_RATE_LIMIT="1/4 second"))
+    page = open_page(start(UNFOG_RATE_LIMIT="1/4 second"), FIRST_VISIT)
     expect(page.get_by_role("heading", name="Too many requests")).to_be_visible()
     expect(page.get_by_role("button", name="Generate", exact=True)).to_be_enabled()
     expect(page.get_by_role("timer")).to_have_text("You can try again now.")

@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 from model.spec import SHIPPED
-from tests.e2e.browser.conftest import Open
+from tests.e2e.browser.conftest import FIRST_VISIT, Open
 from tests.e2e.browser.views import generate, wait_until_finished
 from tests.e2e.conftest import Start
 from tests.e2e.service import Service
@@ -38,7 +38,7 @@ new PerformanceObserver((list) => longTasks.push(...list.getEntries().map((each)
 def test_first_paint_is_fast(service: Service, open_page: Open) -> None:
     times = []
     for _ in range(REPEATS):
-        page = open_page(service)
+        page = open_page(service, FIRST_VISIT)
         expect(page.locator("#generate")).to_be_visible()
         times.append(page.evaluate(FIRST_PAINT))
         page.close()  # an open page would use the processor during the next measurement
@@ -52,7 +52,7 @@ def test_first_picture_appears_soon_after_the_page_is_opened(start: Start, open_
     service = start(UNFOG_CHECKPOINT=str(SHIPPED), OMP_NUM_THREADS="", UNFOG_NUM_THREADS="", UNFOG_COMPILE="auto")
     first, last = [], []
     for _ in range(REPEATS):
-        page = open_page(service, prepare=lambda page: page.add_init_script(WATCH_PICTURES))
+        page = open_page(service, FIRST_VISIT, prepare=lambda page: page.add_init_script(WATCH_PICTURES))
         wait_until_finished(page)
         times = page.evaluate("pictures")
         first.append(times[0])
@@ -68,7 +68,7 @@ def test_main_thread_stays_free_while_64_images_with_100_previews_arrive(start: 
     service = start(module="tests.e2e.instant_service")
     longest = []
     for seed in range(REPEATS):
-        page = open_page(service)
+        page = open_page(service, FIRST_VISIT)
         expect(page.locator('input[name="model"]')).to_have_count(1)
         page.wait_for_timeout(1000)  # the tasks of the start are not measured
         page.evaluate(WATCH_TASKS)

@@ -14,10 +14,10 @@ from app.runner.device import choose_device
 from app.runner.graphs.device import CudaDevice
 from app.runner.graphs.graph_runner import GraphRunner
 from model.checkpoint import Checkpoint
-from tests.app.runner.rows import draw, equal, mixed_rows, new_runner, rows_of, step
+from tests.app.runner.rows import GREY_AND_COLOUR, draw, equal, mixed_rows, new_runner, rows_of, step
 from tests.app.runner.task_rows import all_rows, finish
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, GREY_AND_COLOUR]
 
 # Largest mean absolute difference of the pixels (0..255) of an image. The kernels of a GPU round differently.
 LARGEST_LEVELS = 1.0

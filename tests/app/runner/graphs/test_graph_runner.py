@@ -27,7 +27,7 @@ from model.compiled.compiler import CompilerError
 from model.spec import SAMPLERS
 from model.step import Rows, State, Stepped
 from tests.app.runner.late_device import LateDevice, LateGraph
-from tests.app.runner.rows import draw, equal, mixed_rows, new_runner, rows_of, step
+from tests.app.runner.rows import GREY_AND_COLOUR, draw, equal, mixed_rows, new_runner, rows_of, step
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -41,6 +41,7 @@ def out_of_memory(*arguments: object) -> None:
     raise torch.OutOfMemoryError
 
 
+@GREY_AND_COLOUR
 @DTYPES
 @pytest.mark.parametrize("max_batch", [64, 7, 1])
 def test_images_are_those_of_the_cpu_runner(loaded: Checkpoint, dtype: torch.dtype, max_batch: int) -> None:
@@ -217,6 +218,7 @@ def test_failure_after_a_step_is_enqueued_loses_the_device(loaded: Checkpoint, m
         runner.step(StepRows.of(rows))
 
 
+@GREY_AND_COLOUR
 def test_graphs_are_captured_again_after_the_slots_have_grown(loaded: Checkpoint) -> None:
     runner = on_graphs(loaded, num_slots=2)
     rows = [*rows_of(2, num_steps=6), *rows_of(3, num_steps=4, seed=5)]
@@ -456,6 +458,7 @@ def test_start_ends_with_one_line_if_the_step_cannot_be_compiled(loaded: Checkpo
         runner.warm_up(lambda: False)
 
 
+@GREY_AND_COLOUR
 def test_previews_of_rows_without_a_step_are_black(loaded: Checkpoint) -> None:
     runner, rows = on_graphs(loaded), rows_of(2, num_steps=3)
     step(runner, rows[:1])

@@ -10,7 +10,7 @@ from app.runner.graphs.graph_runner import GraphRunner
 from app.runner.graphs.shapes import Shape
 from model.checkpoint import Checkpoint
 from tests.app.runner.late_device import LateDevice
-from tests.app.runner.rows import new_runner
+from tests.app.runner.rows import GREY_AND_COLOUR, new_runner
 from tests.app.runner.task_rows import all_rows, drawings, finish, inpaint_rows, recognition_rows
 
 
@@ -19,6 +19,7 @@ def on_graphs(loaded: Checkpoint, fixed_rows: int | None = None, num_slots: int 
     return GraphRunner(models, LateDevice(), torch.float32, num_slots=num_slots, most_rows=8, fixed_rows=fixed_rows)
 
 
+@GREY_AND_COLOUR
 @pytest.mark.parametrize("max_batch", [64, 7])
 def test_rows_of_all_tasks_have_the_values_of_the_cpu_runner(loaded: Checkpoint, max_batch: int) -> None:
     runner = on_graphs(loaded)
@@ -59,6 +60,7 @@ def test_noise_of_long_paths_with_known_pixels_is_drawn_again(loaded: Checkpoint
     assert outcomes[0] == outcomes[1]
 
 
+@GREY_AND_COLOUR
 def test_known_pixels_of_a_slot_do_not_change_the_image_of_its_next_row(loaded: Checkpoint) -> None:
     runner = on_graphs(loaded, num_slots=2)
     info = runner.models["default"]
