@@ -34,9 +34,10 @@ PICTURES = Path(__file__).parent / "example_pictures"
 GROUPS = {  # name -> description, in the order of the document
     "Generate": "New images of a digit.",
     "Pictures": "Tasks that start from a picture: as a file in multipart/form-data, or in base64 in JSON.",
-    "Service": "What the service can do, its state and its metrics.",
-    "OpenAI Images API": "For clients of OpenAI. Errors have the format of that API.",
-    "Open Inference Protocol": "For clients of Triton and KServe. Errors have the format of that protocol.",
+    "Models": "What the served models can do.",
+    "Operations": "The state of the service, its running images and its metrics.",
+    "OpenAI": "The OpenAI Images API. Errors have its format.",
+    "Open Inference": "The Open Inference Protocol, for clients of Triton and KServe. Errors have its format.",
 }
 # The description of each status of an error. It has the codes of the errors, which select their examples.
 STATUS = {

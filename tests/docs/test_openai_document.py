@@ -9,8 +9,9 @@ from app.api.http.error_formats import OPENAI_TYPES, openai_error
 from app.api.native.edit import EditRequest
 from app.api.openai.images import EDITS_PATH, GENERATIONS_PATH
 from app.api.openai.plans import OPENAI_MODELS
-from app.api.openai.prompt import NAMES, OTHER_NAMES, digit_of
+from app.api.openai.prompt import OTHER_NAMES, digit_of
 from app.api.openai.schemas import UNSUPPORTED
+from model.prompts import DIGIT_WORDS
 from tests.app.api.examples import OPERATIONS
 from tests.app.test_errors import EVERY_ERROR
 from tests.docs.document import Row, codes
@@ -103,7 +104,7 @@ def test_names_of_numbers_are_documented() -> None:
     powers = {"hundred", "thousand", "million", "billion", "trillion"}
     assert named == {"zero", "nineteen", "twenty", "thirty", "ninety", "dozen"} | powers
     assert len(OTHER_NAMES) == 10 + 8 + 6
-    assert named <= {*NAMES, *OTHER_NAMES}
+    assert named <= {*DIGIT_WORDS, *OTHER_NAMES}
 
 
 def test_types_of_errors_are_documented() -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from app.api.http.context import CLIENT_GONE, RequestContext, context_of
+from app.api.http.media_types import EVENTS
 from app.api.http.requests import ClientGoneError, cancel_on_disconnect
 from app.engine.job import ImageDone, Job, Progress
 from app.errors import DeadlineExceeded, InternalError, UnfogError
@@ -187,14 +188,36 @@ class EventFormat(Protocol):
         """Returns the last event of a job that has failed."""
 
 
-class EventStream(Response):
+class EventResponse(Response):
+    """A response that sends events until they end or the client disconnects. Subclasses send them."""
+
+    media_type = EVENTS
+
+    def __init__(self, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(headers={**(headers or {}), "Cache-Control": "no-store"})
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request, context = Request(scope, receive), context_of(scope)
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        if not context.is_head:
+            try:
+                await cancel_on_disconnect(request, self._send_events(context, send))
+            except ClientGoneError:
+                context.outcome = CLIENT_GONE
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _send_events(self, context: RequestContext, send: Send) -> None:
+        """Sends all events. An error ends them with an event `error`."""
+        raise NotImplementedError
+
+
+class EventStream(EventResponse):
     """Sends the events of a job. If the client disconnects, cancels the job, which frees its rows.
 
     The deadline of the request applies to the generation of the images, not to their transfer. UNFOG_WRITE_TIMEOUT
     limits the transfer, as on every connection.
     """
-
-    media_type = "text/event-stream"
 
     def __init__(
         self,
@@ -204,45 +227,38 @@ class EventStream(Response):
         event_format: EventFormat,
         metrics: Metrics,
     ) -> None:
-        super().__init__(headers={"X-Seed": str(job.request.options.seed), "Cache-Control": "no-store"})
-        del self.headers["content-length"]
+        super().__init__({"X-Seed": str(job.request.options.seed)})
         self._job, self._events, self._cancel = job, events, cancel
         self._format, self._metrics = event_format, metrics
         job.future.add_done_callback(lambda _: events.put(None))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request, context = Request(scope, receive), context_of(scope)
         deadline = asyncio.get_running_loop().call_later(self._job.timeout, self._cancel, self._job, DeadlineExceeded())
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await cancel_on_disconnect(request, self._send_all(context, send))
-        except ClientGoneError:
-            context.outcome = CLIENT_GONE
+            await super().__call__(scope, receive, send)
         finally:
             deadline.cancel()
             self._cancel(self._job, ClientGoneError())
 
-    async def _send_all(self, context: RequestContext, send: Send) -> None:
-        error: UnfogError | None = None
+    async def _send_events(self, context: RequestContext, send: Send) -> None:
         try:
             await self._send_work(context, send)
-        except UnfogError as known:
-            error = known
+        except UnfogError as error:
+            await self._send_error(context, send, error)
         except Exception:
             log.exception("Event stream failed", extra={"request_id": context.request_id})
-            error = InternalError()
-        await self._send_end(context, send, error)
+            await self._send_error(context, send, InternalError())
 
     async def _send_work(self, context: RequestContext, send: Send) -> None:
         job = self._job
-        await _send_part(send, self._format.accepted(job))
+        await send_part(send, self._format.accepted(job).encode())
         is_end = False
         while not is_end:
             events, is_end = await self._events.get()
             texts = [await self._encoded(context, event) for event in events]
             if is_end and not job.future.exception():
                 texts.append(self._format.done(job))
-            await _send_part(send, "".join(texts))
+            await send_part(send, "".join(texts).encode())
         job.future.result()  # raises the error of a failed job
 
     async def _encoded(self, context: RequestContext, event: Progress | ImageDone) -> str:
@@ -259,14 +275,13 @@ class EventStream(Response):
     def _encode(self, event: Progress | ImageDone) -> str:
         return self._format.progress(event) if isinstance(event, Progress) else self._format.image(event)
 
-    async def _send_end(self, context: RequestContext, send: Send, error: UnfogError | None) -> None:
-        if error:
-            context.outcome = error.code
-            self._metrics.count_rejection(error)
-            await _send_part(send, self._format.error(error, context.request_id))
-        await send({"type": "http.response.body", "body": b""})
+    async def _send_error(self, context: RequestContext, send: Send, error: UnfogError) -> None:
+        context.outcome = error.code
+        self._metrics.count_rejection(error)
+        await send_part(send, self._format.error(error, context.request_id).encode())
 
 
-async def _send_part(send: Send, text: str) -> None:
-    if text:
-        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+async def send_part(send: Send, content: bytes) -> None:
+    """Sends a part of the body, unless it is empty."""
+    if content:
+        await send({"type": "http.response.body", "body": content, "more_body": True})

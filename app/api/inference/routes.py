@@ -52,7 +52,7 @@ from model.png import MAX_SEED
 
 open_router, router = Router(), Router()  # open_router: the operations that need no API key
 
-GROUP = "Open Inference Protocol"
+GROUP = "Open Inference"
 MODEL_PATH = "/v2/models/{name}"
 STATUSES = {
     400: "malformed_json, malformed_request, or invalid_request: a tensor, a parameter, a field or a "

@@ -17,12 +17,11 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from app.api.http.context import CLIENT_GONE, RequestContext, context_of
-from app.api.http.events import event_text
+from app.api.http.context import RequestContext, context_of
+from app.api.http.events import EventResponse, event_text, send_part
 from app.api.http.media_types import EVENTS
 from app.api.http.negotiation import negotiate
 from app.api.http.problems import error_response
-from app.api.http.requests import ClientGoneError, cancel_on_disconnect
 from app.api.native.operations import READ_STATUSES
 from app.api.operations import STATUS, Operation, Problem, Router, Stream
 from app.engine.batch_feed import Batch
@@ -215,38 +214,24 @@ def _pass_on(
         loop.call_soon_threadsafe(receive, message)
 
 
-class BatchStream(Response):
+class BatchStream(EventResponse):
     """Sends the events of a viewer until the client disconnects, or until the service stops."""
 
-    media_type = EVENTS
-
     def __init__(self, viewer: Viewer) -> None:
-        super().__init__(headers={"Cache-Control": "no-store"})
-        del self.headers["content-length"]
+        super().__init__()
         self._viewer = viewer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request, context = Request(scope, receive), context_of(scope)
-        context.may_abort = True
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        if not context.is_head:
-            try:
-                await cancel_on_disconnect(request, self._send_all(context, send))
-            except ClientGoneError:
-                context.outcome = CLIENT_GONE
-        await send({"type": "http.response.body", "body": b""})
+        context_of(scope).may_abort = True
+        await super().__call__(scope, receive, send)
 
-    async def _send_all(self, context: RequestContext, send: Send) -> None:
+    async def _send_events(self, context: RequestContext, send: Send) -> None:
         try:
             while True:
-                await _send_part(send, await self._viewer.get())
+                await send_part(send, await self._viewer.get())
         except UnfogError as error:
             context.outcome = error.code
-            await _send_part(send, event_text("error", error.problem(context.request_id)).encode())
-
-
-async def _send_part(send: Send, content: bytes) -> None:
-    await send({"type": "http.response.body", "body": content, "more_body": True})
+            await send_part(send, event_text("error", error.problem(context.request_id)).encode())
 
 
 EXAMPLE = {
@@ -285,7 +270,7 @@ STREAM = Stream(
     Operation(
         path="/events/batch",
         name="watch_batch",
-        group="Service",
+        group="Operations",
         summary="Watch the running images",
         description="the running images",
         formats={EVENTS: STREAM.content(event_text("batch", EXAMPLE))},

@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse
 
 from app.api.native.examples import CLIP, SHA256
 from app.api.native.operations import READ_STATUSES
-from app.api.native.schemas import ClipName, ModelName
+from app.api.native.schemas import ModelName
 from app.api.operations import Operation, Router
 from app.api.service import ServiceDependency
 from app.engine.interface import ModelInfo
@@ -81,7 +81,7 @@ class Models(BaseModel):
 
     models: list[ServedModel]
     limits: Limits
-    clip: ClipName | None = Field(
+    clip: ModelName | None = Field(
         default=None,
         description="The CLIP model. It is null if the service runs without CLIP. /score then answers 501.",
     )
@@ -133,7 +133,7 @@ EXAMPLE = {  # the shipped checkpoint
     Operation(
         path="/models",
         name="get_models",
-        group="Service",
+        group="Models",
         summary="List the models and the limits of requests",
         answer=Models,
         example=EXAMPLE,

@@ -91,7 +91,7 @@ def _probe(path: str, name: str, summary: str, answer: type[BaseModel], good: Sc
     return Operation(
         path=path,
         name=name,
-        group="Service",
+        group="Operations",
         summary=summary,
         answer=answer,
         example=good,
@@ -161,7 +161,7 @@ async def readyz(request: Request, service: ServiceDependency) -> JSONResponse:
     Operation(
         path="/metrics",
         name="get_metrics",
-        group="Service",
+        group="Operations",
         summary="Get the metrics for Prometheus",
         formats={TEXT: {"schema": {"type": "string"}, "example": METRICS}},
     )

@@ -17,13 +17,6 @@ class ModelName(BaseModel):
     sha256: str
 
 
-class ClipName(BaseModel):
-    """The CLIP model. `embedded` is the model that ships with unfog."""
-
-    name: str
-    sha256: str
-
-
 class GeneratedImage(BaseModel):
     """One image as a PNG file in base64."""
 

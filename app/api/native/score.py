@@ -17,7 +17,7 @@ from app.api.http.requests import cancel_on_disconnect
 from app.api.http.uploads import PICTURE, Base64
 from app.api.native.examples import CLIP, PREVIEW
 from app.api.native.operations import CLIP_STATUSES, PICTURE_STATUSES, picture_operation
-from app.api.native.schemas import ClipName
+from app.api.native.schemas import ModelName
 from app.api.operations import Router, picture
 from app.api.service import ServiceDependency
 from app.engine.clip_worker import Scores, Similarities
@@ -68,7 +68,7 @@ class ScoreTiming(BaseModel):
 class ScoreResponse(BaseModel):
     """The similarity of each picture and each prompt."""
 
-    clip: ClipName
+    clip: ModelName
     prompts: list[str]
     similarities: list[list[float]] = Field(
         description="For each picture: its cosine similarity to each prompt, with 6 decimals."
@@ -152,7 +152,7 @@ async def score(request: Request, service: ServiceDependency) -> Response:
     unknown = await asyncio.to_thread(service.engine.clip.unknown_words, body.prompts)
     timing = _timing(scores)
     response = ScoreResponse(
-        clip=ClipName(name=service.clip_info.name, sha256=service.clip_info.sha256),
+        clip=ModelName(name=service.clip_info.name, sha256=service.clip_info.sha256),
         prompts=body.prompts,
         similarities=_rounded(scores.similarities),
         images=[_facts(image) for image in images],

@@ -37,7 +37,7 @@ from app.tasks.from_image import has_picture_tasks
 from app.tasks.picture_files import damaged
 from model.png import MAX_SCALE
 
-GROUP = "OpenAI Images API"
+GROUP = "OpenAI"
 _INVALID = "invalid_request: `param` names a field that is missing, unknown, invalid or not permitted by the model"
 _WORK = {status: STATUS[status] for status in (400, 401, 403, 408, 413, 429, 431, 500, 503, 504)}
 GENERATION_STATUSES = {**_WORK, 400: f"malformed_json, malformed_request. {_INVALID}"}

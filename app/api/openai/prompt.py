@@ -8,7 +8,8 @@ or as a name, and no other number. The same digit may occur several times.
 import re
 from collections.abc import Iterable
 
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+from model.prompts import DIGIT_WORDS
+
 OTHER_NAMES = frozenset(
     [
         *("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
@@ -20,7 +21,7 @@ HOW = 'Write exactly one digit, as a figure or an English word, such as "7" or "
 MAX_LISTED = 5  # numbers that an error lists
 MAX_LENGTH = 20  # characters of a number in an error
 
-_DIGITS = {name: digit for digit, name in enumerate(NAMES)} | {str(digit): digit for digit in range(10)}
+_DIGITS = {name: digit for digit, name in enumerate(DIGIT_WORDS)} | {str(digit): digit for digit in range(10)}
 _WORD = re.compile(r"[^\W_]+")
 _DECIMAL = re.compile(r"\d")
 
@@ -41,7 +42,7 @@ def digit_of(prompt: str) -> int:
 
 def description_of(digit: int) -> str:
     """Returns a prompt that describes the image of a digit."""
-    return f"A handwritten digit {NAMES[digit]}"
+    return f"A handwritten digit {DIGIT_WORDS[digit]}"
 
 
 def _is_number(word: str) -> bool:
