@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from app import errors
 from app.api.http.error_formats import format_of
 from app.api.http.media_types import JSON, MULTIPART, PROBLEM_JSON
-from app.api.http.uploads import multipart_schema
+from app.api.http.picture_fields import multipart_schema
 from app.errors import UnfogError
 from app.settings import Settings
 from model.clip import ClipNotInstalledError

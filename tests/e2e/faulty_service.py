@@ -18,7 +18,7 @@ import uvicorn
 
 import app.main
 import app.runner.load
-from app.cli import main
+from app.__main__ import main
 from app.engine.engine import Engine
 from app.engine.interface import DeviceLostError, OutOfMemoryError
 from app.engine.job import StepRows, Trajectory

@@ -15,7 +15,7 @@ from app.runner import warm_up
 
 THREADS = {"OMP_NUM_THREADS": "1"}  # torch reads it when it is imported, so it is the same in all forks
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["app.cli", __name__])
+_context.set_forkserver_preload(["app.__main__", __name__])
 
 
 def can_fork(variables: Mapping[str, str]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 import app.runner.load
-from app.cli import main
+from app.__main__ import main
 from app.engine.interface import Reading, Ready
 from app.engine.job import Pixels, StepRows, Trajectory
 from app.runner.runner import Runner

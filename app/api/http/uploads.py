@@ -7,16 +7,15 @@ therefore checked before it is parsed.
 
 import asyncio
 import binascii
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from multipart import MultipartError, ParserLimitReached, PushMultipartParser, parse_options_header
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from app.api.http.context import context_of
 from app.api.http.media_types import JSON, MULTIPART
@@ -50,16 +49,6 @@ SMALLEST_PIXELS, COARSE_PIXELS = 28**2, 256**2
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false")
 _DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]*)*;base64,", re.IGNORECASE)
 _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
-
-PICTURE = "A PNG, JPEG, WebP or single-frame GIF file, as a file in multipart/form-data or as base64 in JSON."
-Base64 = Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]  # the type of a field with a picture
-
-
-class Pictured(BaseModel):
-    """The field of every request with one picture."""
-
-    image: Annotated[Base64, Field(description=PICTURE)]
-
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
@@ -363,16 +352,3 @@ def _text(name: str, content: bytes, kind: _Kind, *index: int) -> Any:
     except UnicodeDecodeError:
         raise InvalidRequest.of(name[:200], "The field is not text in UTF-8", *index) from None
     return parse_json(content) if kind.has_numbers and _NUMBER.fullmatch(text) else text
-
-
-def multipart_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """Returns the JSON schema of a multipart body from the schema of the JSON body (OpenAPI 3.1, section 4.8.15).
-
-    A picture in base64 becomes a file.
-    """
-    schema = json.loads(json.dumps(schema))
-    for field in schema["properties"].values():
-        picture = field.get("items", field)
-        if picture.pop("contentEncoding", None) == "base64":
-            picture["contentMediaType"] = "application/octet-stream"
-    return schema

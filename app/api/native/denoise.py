@@ -11,7 +11,7 @@ from app.api.http.events import StreamOptionsDependency
 from app.api.http.idempotency import IdempotencyKey, with_seed
 from app.api.http.media_types import FORMATS
 from app.api.http.negotiation import negotiate
-from app.api.http.uploads import Pictured
+from app.api.http.picture_fields import Pictured
 from app.api.native.answers import ImagesFormat
 from app.api.native.examples import answer_with, stream_of
 from app.api.native.operations import picture_operation

@@ -11,7 +11,7 @@ from app.api.http.context import context_of
 from app.api.http.direct_route import DirectRoute
 from app.api.http.media_types import JSON, PNG
 from app.api.http.negotiation import negotiate
-from app.api.http.uploads import Pictured
+from app.api.http.picture_fields import Pictured
 from app.api.native.examples import FIT, PREVIEW, SHA256, TIMING
 from app.api.native.operations import picture_operation
 from app.api.native.schemas import ModelName, Timing

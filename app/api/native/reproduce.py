@@ -10,7 +10,7 @@ from starlette.responses import Response
 from app.api.http.direct_route import DirectRoute
 from app.api.http.media_types import JSON, PNG
 from app.api.http.negotiation import negotiate
-from app.api.http.uploads import Base64
+from app.api.http.picture_fields import Base64
 from app.api.native.answers import ImagesFormat
 from app.api.native.examples import DIGIT, GENERATED
 from app.api.native.operations import picture_operation

@@ -13,8 +13,8 @@ from app.api.http.context import context_of
 from app.api.http.direct_route import DirectRoute
 from app.api.http.media_types import JSON
 from app.api.http.negotiation import negotiate
+from app.api.http.picture_fields import PICTURE, Base64
 from app.api.http.requests import cancel_on_disconnect
-from app.api.http.uploads import PICTURE, Base64
 from app.api.native.examples import CLIP, PREVIEW
 from app.api.native.operations import CLIP_STATUSES, PICTURE_STATUSES, picture_operation
 from app.api.native.schemas import ModelName

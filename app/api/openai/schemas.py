@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from app.api.http.uploads import Base64
+from app.api.http.picture_fields import Base64
 from app.api.openai.prompt import digit_of
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL
 from app.tasks.fields import WHOLE, may_be_absent

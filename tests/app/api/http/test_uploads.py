@@ -15,16 +15,9 @@ from starlette.types import Message
 
 from app import errors
 from app.api.http import picture_queue, upload_memory, uploads
+from app.api.http.picture_fields import Base64, multipart_schema
 from app.api.http.requests import ClientGoneError
-from app.api.http.uploads import (
-    MAX_ESCAPES,
-    MAX_PARTS,
-    MAX_STRINGS,
-    MAX_TEXT_BYTES,
-    Base64,
-    ImageReader,
-    multipart_schema,
-)
+from app.api.http.uploads import MAX_ESCAPES, MAX_PARTS, MAX_STRINGS, MAX_TEXT_BYTES, ImageReader
 from app.engine.job import Pixels
 from app.settings import Settings
 from app.tasks.fields import WHOLE

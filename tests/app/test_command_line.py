@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app import cli
+from app import __main__ as cli
 from app.engine.interface import RunnerError
 from app.server.server import GivenUpError, StartError
 from app.settings import Settings, SettingsError, flag_of
@@ -104,8 +104,8 @@ def test_help_contains_the_flag_of_every_setting(
 
 def test_help_is_shown_without_the_imports_of_the_service() -> None:
     """They take seconds."""
-    code = "import atexit, sys, app.cli; atexit.register(lambda: print({'torch', 'fastapi'} & {*sys.modules}))"
-    command = [sys.executable, "-c", f"{code}; app.cli.main()", "--help"]
+    code = "import atexit, sys, app.__main__; atexit.register(lambda: print({'torch', 'fastapi'} & {*sys.modules}))"
+    command = [sys.executable, "-c", f"{code}; app.__main__.main()", "--help"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert shown.startswith("usage: python -m app")
     assert shown.endswith("\nset()\n")
