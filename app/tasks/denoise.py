@@ -99,7 +99,7 @@ def denoise(info: ModelInfo, fields: DenoiseFields, image: "DigitImage", noise_s
     else:
         options = starting_at(info, options, t)
     noisy = restored(image, noise_std)
-    signal = info.schedule.alpha_bar[options.path[0]].sqrt().item()
+    signal, _ = info.schedule.signal_and_noise(options.path[0])
     is_searched = fields.digit is None and fields.mode == "sample" and can_compare(info.schedule, t)
     comparison = NoisyComparison(info.num_classes, noise_std) if is_searched else None
     search = _search_in_noise(info, noisy, t, comparison) if comparison else None

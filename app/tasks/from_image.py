@@ -68,8 +68,7 @@ def starting_at(info: ModelInfo, options: Options, t: int) -> Options:
 
 def with_noise(info: ModelInfo, image: Image, t: int, is_known: Mask | None = None) -> Input:
     """Returns the input of rows that start from the forward process at timestep t (Ho 2020, eq. 4)."""
-    alpha_bar = info.schedule.alpha_bar[t]
-    return Input(image, alpha_bar.sqrt().item(), (1 - alpha_bar).sqrt().item(), is_known)
+    return Input(image, *info.schedule.signal_and_noise(t), is_known)
 
 
 def unchanged(options: Options) -> Options:
