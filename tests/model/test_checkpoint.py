@@ -89,7 +89,12 @@ def rewrite_metadata(path: Path, change: Callable[[dict[str, Any]], None]) -> No
     metadata = json.loads(header["__metadata__"]["unfog"])
     del metadata["digest"]
     change(metadata)
-    tensors = load_file(path)
+    save_tensors(path, load_file(path), metadata)
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+    """Writes a file with a valid digest."""
+    metadata = {name: value for name, value in metadata.items() if name != "digest"}
     metadata["digest"] = _digest(tensors, metadata)
     save_file(tensors, path, {"unfog": json.dumps(metadata)})
 
@@ -548,9 +553,7 @@ def test_sigma_data_of_any_size_is_loaded(saved: Path, sigma_data: float) -> Non
 def test_unexpected_tensor_is_rejected(saved: Path) -> None:
     tensors, metadata = load_file(saved), json.loads(header_of(saved)[0]["__metadata__"]["unfog"])
     tensors["extra"] = torch.ones(1)
-    del metadata["digest"]
-    metadata["digest"] = _digest(tensors, metadata)
-    save_file(tensors, saved, {"unfog": json.dumps(metadata)})
+    save_tensors(saved, tensors, metadata)
     assert f"the network has {len(tensors) - 1} tensors, but the file has {len(tensors)}" in rejection(saved)
 
 
@@ -577,10 +580,7 @@ def test_deeply_nested_metadata_is_rejected(saved: Path, depth: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float64, torch.float8_e5m2], ids=str)
 def test_weights_of_unsupported_dtype_are_rejected(saved: Path, dtype: torch.dtype) -> None:
     tensors, metadata = load_file(saved), json.loads(header_of(saved)[0]["__metadata__"]["unfog"])
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    del metadata["digest"]
-    metadata["digest"] = _digest(tensors, metadata)
-    save_file(tensors, saved, {"unfog": json.dumps(metadata)})
+    save_tensors(saved, {name: tensor.to(dtype) for name, tensor in tensors.items()}, metadata)
     assert "weights must be float32, float16 or bfloat16" in rejection(saved)
 
 

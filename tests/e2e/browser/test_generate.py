@@ -75,8 +75,9 @@ def test_moving_the_slider_stops_the_playback(service: Service, open_page: Open)
     assert page.locator(".scrubber output").text_content() == position
 
 
-def test_back_closes_the_dialog_of_an_image(service: Service, open_page: Open) -> None:
+def test_back_leaves_a_run_that_the_address_started_and_closes_its_dialog(service: Service, open_page: Open) -> None:
     page = open_page(service, "#/status")
+    expect(page.get_by_role("heading", name="Status")).to_be_visible()
     page.evaluate("location.hash = '#/generate?digit=4&seed=42&num_steps=3&count=1'")
     wait_until_finished(page)
     page.locator("#generate-stage button.tile").click()
@@ -255,15 +256,6 @@ def test_address_with_invalid_parameters_generates_the_default_digit(
 def test_unknown_view_in_the_address_shows_the_form(service: Service, open_page: Open, view: str) -> None:
     page = open_page(service, f"#/{view}")
     expect(page.locator("#generate-button")).to_be_enabled()
-
-
-def test_back_leaves_a_run_that_the_address_started(service: Service, open_page: Open) -> None:
-    page = open_page(service, "#/status")
-    expect(page.get_by_role("heading", name="Status")).to_be_visible()
-    page.evaluate("location.hash = '#/generate?digit=4&seed=42&num_steps=3&count=1'")
-    wait_until_finished(page)
-    page.go_back()
-    expect(page.get_by_role("heading", name="Status")).to_be_visible()
 
 
 @pytest.mark.parametrize(
