@@ -21,7 +21,7 @@ OFF = "off"
 ANY = "*"
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 _TOKEN = re.compile(r"[!-+\--~]+")  # printable ASCII without spaces and without the comma, which separates keys
-_RATE = re.compile(r"\s*([0-9]{1,9})\s*(?:/|per)\s*([0-9]{1,9})?\s*(second|minute|hour|day|month|year)s?\s*")
+_RATE = re.compile(r"\s*([0-9]+)\s*(?:/|per)\s*([0-9]+)?\s*(second|minute|hour|day|month|year)s?\s*")
 _SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400, "month": 30 * 86_400, "year": 360 * 86_400}
 SECRETS = Path("/run/secrets")  # Docker mounts secrets here: the file unfog_api_keys sets UNFOG_API_KEYS
 

@@ -2,7 +2,7 @@
 
 Read timeout: a connection that does not send a complete request head in time is answered with 408 or closed. Write
 timeout: a connection that does not accept the data of an answer in time is closed. Two more timeouts are elsewhere:
-api/requests.py limits the time in which a body arrives, and uvicorn limits the time between two requests (5 s).
+api/http/requests.py limits the time in which a body arrives, and uvicorn limits the time between two requests (5 s).
 """
 
 import asyncio

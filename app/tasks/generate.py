@@ -41,7 +41,18 @@ def generate(info: ModelInfo, fields: GenerateFields, images: Sequence[ImageKey]
     `images` are those of JobRequest. Raises FieldError for a value that the model does not support, and for a prompt of
     CLIP guidance without a scale.
     """
-    options = _with_clip_options(options_of(fields, fields.digit, info), fields, info)
+    return _task_of(info, fields, _with_clip_options(options_of(fields, fields.digit, info), fields, info), images)
+
+
+def generate_each(info: ModelInfo, fields: SamplingFields, images: Sequence[ImageKey]) -> Task:
+    """Returns the task that generates one image for each key. `fields` has the other options.
+
+    Raises FieldError for a value that the model does not support.
+    """
+    return _task_of(info, fields, options_of(fields, images[0].digit, info), images)
+
+
+def _task_of(info: ModelInfo, fields: SamplingFields, options: Options, images: Sequence[ImageKey]) -> Task:
     job = JobRequest(
         options,
         fields.count,

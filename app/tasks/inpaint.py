@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from app.engine.interface import ModelInfo
 from app.engine.job import Input, Options, Pixels, Search
@@ -54,6 +54,13 @@ class InpaintFields(SamplingFields, FittingFields):
         json_schema_extra=may_be_absent,
     )
 
+    @field_validator("fit")
+    @classmethod
+    def _not_the_drawing_alone(cls, fit: Fit) -> Fit:
+        if fit == "digit":
+            raise ValueError("Input should be 'auto' or 'resize', because the mask must fit the image")
+        return fit
+
 
 class MaskedPicture:
     """Reads the mask of a request, and then its image, which is resized in the same way.
@@ -72,8 +79,6 @@ class MaskedPicture:
 
     def read_mask(self, fields: InpaintFields, data: bytes) -> None:
         """Reads the mask. Raises PictureError, or FieldError for a mask without pixels to fill in or to keep."""
-        if fields.fit == "digit":
-            raise FieldError("fit", "Input should be 'auto' or 'resize', because the mask must fit the image")
         self._set_mask(self._decode(data) > MASK_LEVEL)
 
     def read_image(self, fields: InpaintFields, data: bytes) -> "DigitImage":

@@ -29,7 +29,7 @@ class RecognizeFields(ModelFields, FittingFields):
             "slower and more accurate. A class that is clearly worse than the best one is dropped early.",
         ),
         WHOLE,
-    ] = 20
+    ] = DEFAULT_NUM_PAIRS
 
 
 def recognize(info: ModelInfo, fields: RecognizeFields, image: "DigitImage") -> Task:

@@ -83,10 +83,10 @@ def read_original(
         raise PictureError(f"The picture has {len(indices)} images. At most {max_count} are permitted")
     info = _model_of(provenance, models)
     _check_clip(provenance, clip)
+    task = _task_of(provenance, provenance.digit, info, indices, timeout)
     scale = _scale_of(file, info, len(indices))
-    task = _task_of(provenance, provenance.digit, info, indices, scale, timeout)
     low, high = _without_enlargement(_pixels_of(file, info), scale)
-    return Original(task, provenance.software, low, high)
+    return Original(replace(task, scale=scale), provenance.software, low, high)
 
 
 def _model_of(provenance: Provenance, models: Mapping[str, ModelInfo]) -> ModelInfo:
@@ -108,9 +108,7 @@ def _check_clip(provenance: Provenance, clip: ClipInfo | None) -> None:
         )
 
 
-def _task_of(
-    provenance: Provenance, digit: int, info: ModelInfo, indices: range, scale: int, timeout: float | None
-) -> Task:
+def _task_of(provenance: Provenance, digit: int, info: ModelInfo, indices: range, timeout: float | None) -> Task:
     """Returns the task of a picture. Raises PictureError for values that generation or the model do not permit."""
     seed, clip = provenance.seed, dict[str, Any]()
     if provenance.clip:
@@ -125,7 +123,6 @@ def _task_of(
             num_steps=provenance.num_steps,
             sampler=provenance.sampler,  # type: ignore[arg-type] # pydantic checks it
             guidance_scale=provenance.guidance_scale,
-            scale=scale,
             **clip,
         )
         task = generate(info, fields, [ImageKey(digit, seed, i) for i in indices] if len(indices) == 1 else ())

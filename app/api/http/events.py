@@ -205,6 +205,7 @@ class EventResponse(Response):
                 await cancel_on_disconnect(request, self._send_events(context, send))
             except ClientGoneError:
                 context.outcome = CLIENT_GONE
+                return
         await send({"type": "http.response.body", "body": b""})
 
     async def _send_events(self, context: RequestContext, send: Send) -> None:

@@ -26,7 +26,7 @@ from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 from app.api.http.thread_priority import lower_priority
-from app.errors import Overloaded, UnfogError
+from app.errors import FieldError, Overloaded, UnfogError
 
 NUM_WORKERS = 2  # pictures that are decoded at the same time; each of them needs up to 100 MB
 FIRST_SECONDS = 2e-8  # per pixel of work, before the first step
@@ -144,7 +144,7 @@ class PictureQueue:
             request.results.append(step.run())
         except Exception as raised:
             error = raised
-            if isinstance(raised, UnfogError):
+            if isinstance(raised, UnfogError | FieldError):
                 # Its frames hold the file and the decoded picture. They would stay until a garbage collection.
                 raised.__traceback__ = raised.__cause__ = raised.__context__ = None
         seconds, work = self._clock() - start, step.work

@@ -17,12 +17,12 @@ from fastapi import Request
 from multipart import MultipartError, ParserLimitReached, PushMultipartParser, parse_options_header
 from pydantic import BaseModel
 
+from app.api.http.client_address import client_name
 from app.api.http.context import context_of
 from app.api.http.media_types import JSON, MULTIPART
 from app.api.http.picture_queue import PictureQueue, Step
 from app.api.http.requests import cancel_on_disconnect, media_type_of, parse_json, read_body, validate
 from app.api.http.upload_memory import UploadMemory
-from app.api.middleware.client_address import client_name
 from app.errors import (
     DeadlineExceeded,
     InvalidImage,
@@ -53,7 +53,7 @@ _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
-Reader = Callable[[M, bytes], T]  # converts the fields of a request and the content of a file; raises PictureError
+Reader = Callable[[M, bytes], T]  # reads the content of a file, given the fields of its request; raises PictureError
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,9 @@ class ImageReader:
         If `lenient` is True, a body of any other Content-Type is parsed as JSON. In a multipart body, the names of the
         parts may then end with `[]`, and text parts without content are ignored.
 
-        Raises UnsupportedMediaType, BodyTooLarge, RequestTimeout, Overloaded, MalformedJSON, MalformedRequest,
-        InvalidRequest, InvalidImage, DeadlineExceeded or ClientGoneError.
+        Raises the errors of `check` and of the readers, but InvalidImage instead of PictureError. Also raises
+        UnsupportedMediaType, BodyTooLarge, RequestTimeout, Overloaded, MalformedJSON, MalformedRequest, InvalidRequest,
+        InvalidImage, DeadlineExceeded or ClientGoneError.
         """
         parse = _parser_of(request, schema, lenient=lenient)
         client = client_name(request.scope, context_of(request.scope).key)

@@ -45,8 +45,8 @@ from app.api.service import Service, ServiceDependency, encoded
 from app.engine.engine import EngineState
 from app.engine.interface import ModelInfo
 from app.engine.job import ImageKey, Job, Pixels
-from app.tasks.generate import GenerateFields, generate
-from app.tasks.sampling import new_seed
+from app.tasks.generate import generate_each
+from app.tasks.sampling import SamplingFields, new_seed
 from app.tasks.task import Task
 from model.png import MAX_SEED
 
@@ -68,7 +68,7 @@ ERRORS = (
 DIGITS = {"name": "digit", "datatype": "INT64", "shape": [3], "data": [7, 7, 0]}
 SEEDS = {"name": "seed", "datatype": "INT64", "shape": [3], "data": [1, 2, 3]}
 
-SEED_METADATA = {"name": "seed", "datatype": "INT64", "shape": [-1]}
+SEED_METADATA: dict[str, Any] = {"name": "seed", "datatype": "INT64", "shape": [-1]}
 
 LengthHeader = Annotated[
     str,
@@ -173,7 +173,7 @@ async def ready(request: Request, service: ServiceDependency) -> JSONResponse:
 async def model(service: ServiceDependency, name: str) -> JSONResponse:
     """Returns the tensors of a model. Needs no API key and does not count against the rate limit."""
     channels, height, width = _info(service, name).image_shape
-    seed = TensorMetadata(name="seed", datatype="INT64", shape=[-1])
+    seed = TensorMetadata(**SEED_METADATA)
     answer = ModelMetadata(
         name=name,
         platform=PLATFORM,
@@ -293,9 +293,11 @@ async def infer(
 def _task(inputs: Inputs, seeds: Sequence[int], info: ModelInfo) -> Task:
     """Returns the task of a request. Raises FieldError if the model does not support a parameter."""
     digits, parameters = inputs.elements["digit"], inputs.request.parameters
-    options = parameters.model_dump(exclude={"binary_data_output"}, exclude_none=True)
-    fields = GenerateFields(digit=digits[0], count=len(digits), seed=seeds[0], **options)
-    return generate(info, fields, [ImageKey(digit, seed, 0) for digit, seed in zip(digits, seeds, strict=True)])
+    options = parameters.model_dump(
+        include={"num_steps", "sampler", "guidance_scale", "timeout_seconds"}, exclude_none=True
+    )
+    fields = SamplingFields(count=len(digits), seed=seeds[0], **options)
+    return generate_each(info, fields, [ImageKey(digit, seed, 0) for digit, seed in zip(digits, seeds, strict=True)])
 
 
 def _seeds(number: int, idempotency_key: str | None) -> list[int]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from starlette.types import Scope
 
+from app.api.http.client_address import client_address
 from app.api.http.context import CLIENT_CLOSED_REQUEST, CLIENT_GONE, OK, RequestContext
 from app.api.http.paths import Paths
-from app.api.middleware.client_address import client_address
 from app.api.middleware.tracing import Traces
 from app.engine.job import Job
 from app.metrics import Metrics

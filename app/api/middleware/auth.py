@@ -11,10 +11,10 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.api.http.client_address import address_name, client_name
 from app.api.http.context import context_of
 from app.api.http.paths import Paths
 from app.api.http.problems import error_response
-from app.api.middleware.client_address import address_name, client_name
 from app.api.middleware.rate_limit import RateLimiter
 from app.errors import Forbidden, Unauthorized, UnfogError
 from app.metrics import Metrics

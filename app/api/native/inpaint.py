@@ -68,6 +68,6 @@ async def inpaint(
     readers = {"mask": masked.read_mask, "image": masked.read_image}
     body, pictures = await service.pictures.read(request, InpaintRequest, readers, check=service.picture_model)
     (image,) = pictures["image"]
-    assert image is not None, "the conversion of the field `image` returns an image"
+    assert image is not None, "the reader of the field `image` returns an image"
     task = tasks.inpaint(service.picture_model(body), with_seed(body, idempotency_key), image, masked.redrawn)
     return await answer(request, service, task, ImagesFormat(InpaintResponse), media_type, stream)

@@ -109,7 +109,7 @@ async def edits(request: Request, service: ServiceDependency, idempotency_key: I
     readers: dict[str, Reader[ImageEditRequest, DigitImage | None]] = {"mask": read_mask, "image": read_image}
     body, pictures = await service.pictures.read(request, ImageEditRequest, readers, check=plan_of, lenient=True)
     (image,) = pictures["image"]
-    assert image is not None, "the conversion of the field `image` returns an image"
+    assert image is not None, "the reader of the field `image` returns an image"
     plan = plan_of(body)
     fields = {"digit": body.digit, "count": body.n, "scale": plan.scale, **plan.fields}
     if body.mask is None:

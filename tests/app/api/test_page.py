@@ -94,7 +94,7 @@ def test_file_needs_no_api_key_and_is_sent_once_for_an_etag(path: str) -> None:
         "/static/page.py",
         "/static/../page.py",
         "/static/..%2f..%2fsettings.py",
-        "/static/%2e%2e/routes/page.py",
+        "/static/%2e%2e/page.py",
         "/static//etc/passwd",
         "/static/%2fetc%2fpasswd",
         "/static/main.js%00.png",

@@ -120,3 +120,14 @@ def test_unknown_model_is_refused_before_the_picture_is_decoded(path: str) -> No
         assert response.json()["errors"][0]["loc"] == ["body", "model"]
 
     run(check, FakeRunner())
+
+
+def test_fit_of_the_drawing_alone_is_refused_before_the_pictures_are_decoded() -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        body = {**REQUESTS["/inpaint"]["one"], "fit": "digit", "mask": "AAAA"}
+        answer = (await client.post("/inpaint", json=body)).json()
+        assert answer["errors"] == [
+            {"loc": ["body", "fit"], "msg": "Input should be 'auto' or 'resize', because the mask must fit the image"}
+        ]
+
+    run(check, FakeRunner())

@@ -344,7 +344,12 @@ def test_exception_of_a_step_drops_the_rest_of_the_request(queue: PictureQueue) 
     assert [(lane.requests, lane.work_left) for lane in queue._lanes] == [({}, 0)] * 3
 
 
-def test_refused_picture_is_released_with_its_file(queue: PictureQueue) -> None:
+@pytest.mark.parametrize(
+    "refused",
+    [errors.InvalidImage.of("image", "truncated"), errors.FieldError("mask", "empty")],
+    ids=["image", "field"],
+)
+def test_refused_picture_is_released_with_its_file(queue: PictureQueue, refused: Exception) -> None:
     """The frames of the exception's traceback would keep them until a garbage collection."""
 
     class Picture:
@@ -358,11 +363,11 @@ def test_refused_picture_is_released_with_its_file(queue: PictureQueue) -> None:
         try:
             raise ValueError("truncated")
         except ValueError as error:
-            raise errors.InvalidImage.of("image", "truncated") from error
+            raise refused from error
 
     gc.disable()
     try:
-        with pytest.raises(errors.InvalidImage):
+        with pytest.raises(type(refused)):
             queue.submit([Step(1, fail)], TIMEOUT).result(WAIT)
         finish(queue.submit([Step(1, int)], TIMEOUT))
         assert released == [True]

@@ -44,6 +44,16 @@ def image_rows(runner: FakeRunner) -> dict[int, tuple[int | None, tuple[int, int
 # Inference
 
 
+def test_every_class_of_a_model_with_more_than_ten_can_be_generated() -> None:
+    runner = FakeRunner(models={"default": replace(INFO, class_names=tuple("0123456789ab"))})
+
+    async def check(client: httpx.AsyncClient) -> None:
+        outputs_of(await client.post(INFER, json=body_of([11, 0], [1, 2], **STEPS)))
+
+    run(check, runner)
+    assert [digit for digit, _ in image_rows(runner).values()] == [11, 0]
+
+
 def test_each_element_is_an_image_with_its_digit_and_seed_and_index_0() -> None:
     runner, seeds = FakeRunner(), [5, 300, 5, MAX_SEED]
 

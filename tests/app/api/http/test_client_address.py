@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.api.middleware.client_address import address_name, client_address, client_name
+from app.api.http.client_address import address_name, client_address, client_name
 
 ADDRESSES = [  # (host of the connection or X-Forwarded-For, address in logs, name in the rate limiter)
     ("192.0.2.7", "192.0.2.7", "address:192.0.2.7"),
