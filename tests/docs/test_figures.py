@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from model.checkpoint import load
-from model.clip import EMBEDDED, LEAST_SHARE
 from model.clip_guidance import START, STOP
-from model.spec import SHIPPED, SHIPPED_FAST
+from model.prompts import LEAST_SHARE
+from model.spec import EMBEDDED, SHIPPED, SHIPPED_FAST
 from scripts.benchmark.endurance import problem_in
 from scripts.benchmark.page import page_of, table_in
 from scripts.common.mnist import load_mnist

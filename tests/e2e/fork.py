@@ -15,7 +15,8 @@ from app.runner import warm_up
 
 THREADS = {"OMP_NUM_THREADS": "1"}  # torch reads it when it is imported, so it is the same in all forks
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["app.__main__", __name__])
+# Not app.__main__: runpy would warn that it is imported before it runs.
+_context.set_forkserver_preload(["app.main", "app.server.server", __name__])
 
 
 def can_fork(variables: Mapping[str, str]) -> bool:

@@ -3,8 +3,7 @@ import pytest
 import torch
 
 from app.tasks.score import read_real_digits
-from model.clip import LEAST_SHARE
-from model.prompts import digit_prompt
+from model.prompts import LEAST_SHARE, digit_prompt
 from scripts.evaluation.clip import ClipScorer
 from scripts.evaluation.clip_prompts import as_markdown, measure, read_compared_digits
 from scripts.evaluation.samples import Digits
