@@ -56,7 +56,10 @@ STATUS = {
     503: "starting, draining or engine_failed, with Retry-After",
     504: "deadline_exceeded: the images were not finished before the deadline",
 }
-RATE_LIMITED = "rate_limited: the rate limit is exceeded, with Retry-After"
+READ_STATUSES = {  # of an operation that reads and needs an API key
+    **{status: STATUS[status] for status in (401, 403, 429, 500, 503)},
+    429: "rate_limited: the rate limit is exceeded, with Retry-After",
+}
 IMAGE_TOO_LARGE = "body_too_large: the body exceeds UNFOG_MAX_IMAGE_BYTES"
 
 
@@ -217,6 +220,12 @@ class Operation:
             }
             refused[status] = {"description": text, "content": {PROBLEM_JSON if is_problem else JSON: described}}
         return refused
+
+
+def unavailable(answer: type[BaseModel], example: Schema) -> dict[int, Schema]:
+    """Returns the response of a probe with the status 503. It has the same schema as that with 200."""
+    content = {JSON: {"example": example}}
+    return {503: {"model": answer, "description": "Service Unavailable", "content": content}}
 
 
 def _sent(error: UnfogError, path: str) -> tuple[int, Any]:

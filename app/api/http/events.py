@@ -5,6 +5,7 @@ import concurrent.futures
 import json
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -188,7 +189,7 @@ class EventFormat(Protocol):
         """Returns the last event of a job that has failed."""
 
 
-class EventResponse(Response):
+class EventResponse(ABC, Response):
     """A response that sends events until they end or the client disconnects. Subclasses send them."""
 
     media_type = EVENTS
@@ -208,9 +209,9 @@ class EventResponse(Response):
                 return
         await send({"type": "http.response.body", "body": b""})
 
+    @abstractmethod
     async def _send_events(self, context: RequestContext, send: Send) -> None:
         """Sends all events. An error ends them with an event `error`."""
-        raise NotImplementedError
 
 
 class EventStream(EventResponse):

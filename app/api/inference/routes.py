@@ -40,7 +40,7 @@ from app.api.inference.tensors import (
     read_inputs,
     write_outputs,
 )
-from app.api.operations import BINARY, REF, STATUS, Offer, Operation, Router, Schema, body_of, default_of
+from app.api.operations import BINARY, REF, STATUS, Offer, Operation, Router, Schema, body_of, default_of, unavailable
 from app.api.service import Service, ServiceDependency, encoded
 from app.engine.engine import EngineState
 from app.engine.interface import ModelInfo
@@ -97,12 +97,6 @@ def _operation(
     )
 
 
-def _unready(answer: type[BaseModel], example: Schema) -> dict[int, Schema]:
-    """Returns the answer of a probe with the status 503."""
-    content = {JSON: {"example": example}}
-    return {503: {"model": answer, "description": "Service Unavailable", "content": content}}
-
-
 def _naming_models(operation: Schema, offer: Offer) -> dict[str, Schema]:
     """Adds the names of the models to the path."""
     operation["parameters"][0]["schema"]["enum"] = offer.names
@@ -130,7 +124,7 @@ async def server() -> JSONResponse:
         "Check whether the process must be restarted",
         ServerLiveness,
         {"live": True},
-        others=_unready(ServerLiveness, {"live": False}),
+        others=unavailable(ServerLiveness, {"live": False}),
     )
 )
 async def live(request: Request, service: ServiceDependency) -> JSONResponse:
@@ -145,7 +139,7 @@ async def live(request: Request, service: ServiceDependency) -> JSONResponse:
         "Check whether requests are accepted",
         ServerReadiness,
         {"ready": True},
-        others=_unready(ServerReadiness, {"ready": False}),
+        others=unavailable(ServerReadiness, {"ready": False}),
     )
 )
 async def ready(request: Request, service: ServiceDependency) -> JSONResponse:
@@ -191,7 +185,7 @@ async def model(service: ServiceDependency, name: str) -> JSONResponse:
         ModelReadiness,
         {"name": "default", "ready": True},
         statuses={404: STATUSES[404]},
-        others=_unready(ModelReadiness, {"name": "default", "ready": False}),
+        others=unavailable(ModelReadiness, {"name": "default", "ready": False}),
         complete=_naming_models,
     )
 )

@@ -22,8 +22,7 @@ from app.api.http.events import EventResponse, event_text, send_part
 from app.api.http.media_types import EVENTS
 from app.api.http.negotiation import negotiate
 from app.api.http.problems import error_response
-from app.api.native.operations import READ_STATUSES
-from app.api.operations import STATUS, Operation, Problem, Router, Stream
+from app.api.operations import READ_STATUSES, STATUS, Operation, Problem, Router, Stream
 from app.engine.batch_feed import Batch
 from app.engine.engine import Engine
 from app.engine.job import GUIDED_EVALUATIONS, Trajectory

@@ -6,9 +6,8 @@ from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
 from app.api.native.examples import CLIP, SHA256
-from app.api.native.operations import READ_STATUSES
 from app.api.native.schemas import ModelName
-from app.api.operations import Operation, Router
+from app.api.operations import READ_STATUSES, Operation, Router
 from app.api.service import ServiceDependency
 from app.engine.interface import ModelInfo
 from app.engine.job import DEFAULT_MODEL

@@ -1,6 +1,6 @@
 """Health and metrics: /health for people, /livez, /readyz and /startupz for orchestrators, /metrics for Prometheus."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import Request
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -8,11 +8,11 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from app import VERSION
-from app.api.http.media_types import JSON, TEXT
+from app.api.http.media_types import TEXT
 from app.api.http.probes import probe_response
 from app.api.native.examples import SHA256
 from app.api.native.schemas import ModelName
-from app.api.operations import Operation, Router, Schema
+from app.api.operations import Operation, Router, Schema, unavailable
 from app.api.service import ServiceDependency
 from app.engine.engine import EngineState
 
@@ -83,11 +83,6 @@ METRICS = (
 
 def _probe(path: str, name: str, summary: str, answer: type[BaseModel], good: Schema, bad: Schema) -> Operation:
     """Returns the operation of a probe. `good` and `bad` are its answers with the statuses 200 and 503."""
-    unavailable: dict[str, Any] = {
-        "model": answer,
-        "description": "Service Unavailable",
-        "content": {JSON: {"example": bad}},
-    }
     return Operation(
         path=path,
         name=name,
@@ -95,7 +90,7 @@ def _probe(path: str, name: str, summary: str, answer: type[BaseModel], good: Sc
         summary=summary,
         answer=answer,
         example=good,
-        others={503: unavailable},
+        others=unavailable(answer, bad),
     )
 
 

@@ -11,7 +11,6 @@ from app.api.native.schemas import GeneratedImage
 from app.api.operations import (
     BINARY,
     IMAGE_TOO_LARGE,
-    RATE_LIMITED,
     REF,
     STATUS,
     Offer,
@@ -30,7 +29,6 @@ from app.tasks.picture_files import damaged
 from model.spec import MOST_STEPS, SAMPLERS, ModelSpec
 
 NUM_CLASSES = 10  # digits that requests permit
-READ_STATUSES = {**{status: STATUS[status] for status in (401, 403, 429, 500, 503)}, 429: RATE_LIMITED}
 WORK_STATUSES = {status: text for status, text in STATUS.items() if status != 501}
 CLIP_STATUSES = {501: STATUS[501]}
 PICTURE_STATUSES = {

@@ -5,9 +5,9 @@ import time
 from starlette.responses import JSONResponse
 
 from app import errors
-from app.api.openai.operations import CREATED_AT, GROUP, READ_STATUSES
+from app.api.openai.operations import CREATED_AT, GROUP
 from app.api.openai.schemas import OpenAIError, OpenAIModel, OpenAIModels
-from app.api.operations import Operation, Router
+from app.api.operations import READ_STATUSES, Operation, Router
 from app.api.service import Service, ServiceDependency
 from app.engine.job import DEFAULT_MODEL
 from app.tasks.names import either

@@ -21,7 +21,6 @@ from app.api.openai.schemas import (
 )
 from app.api.operations import (
     IMAGE_TOO_LARGE,
-    RATE_LIMITED,
     REF,
     STATUS,
     Offer,
@@ -47,7 +46,6 @@ EDIT_STATUSES = {
     f"{_INVALID}",
     413: IMAGE_TOO_LARGE,
 }
-READ_STATUSES = {**{status: STATUS[status] for status in (401, 403, 429, 500, 503)}, 429: RATE_LIMITED}
 CREATED_AT = 1_790_000_000
 _FACTS: dict[str, Any] = {"quality": "high", "size": "28x28", "seed": 42}
 _SIDE = 28  # pixels per side of the images of a model that is not known yet
