@@ -24,7 +24,7 @@ class Comparison(Protocol):
         """The classes that the next step must evaluate. It is empty when the result is final."""
 
     @property
-    def digit(self) -> int:
+    def label(self) -> int:
         """The class with the smallest errors so far."""
 
     def add(self, errors: Sequence[float]) -> None:

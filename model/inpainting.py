@@ -87,6 +87,6 @@ class ClassDistances:
         self.remaining = left if len(left) > 1 and self._steps_done < self._num_steps else []
 
     @property
-    def digit(self) -> int:
+    def label(self) -> int:
         """The class with the smallest distance so far."""
         return min(range(self.num_classes), key=self.distances.__getitem__)

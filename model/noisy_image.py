@@ -92,7 +92,7 @@ class NoisyComparison:
             self.remaining = []
 
     @property
-    def digit(self) -> int:
+    def label(self) -> int:
         """The class with the smallest sum so far."""
         return min(range(self.num_classes), key=self.sums.__getitem__)
 
@@ -107,7 +107,7 @@ class NoisyComparison:
 
     @property
     def probabilities(self) -> list[float]:
-        """The probability of each class given the noisy image, after all steps. `digit` has the largest one.
+        """The probability of each class given the noisy image, after all steps. `label` has the largest one.
 
         With sum_c of `estimated_sums` and the variance sigma^2 of the noise, for pixels in [-1, 1]:
 

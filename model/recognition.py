@@ -137,7 +137,7 @@ class Recognition:
         self.remaining = [] if is_final or num_pairs == len(self.timesteps) else list(self._in_question)
 
     @property
-    def digit(self) -> int:
+    def label(self) -> int:
         """The most probable class so far."""
         return min(self._in_question, key=self._scores.__getitem__)
 
@@ -154,7 +154,7 @@ class Recognition:
         They follow from the distances of the most probable class in the first pairs. An image that shows no digit has
         larger distances than a digit with the same ink.
         """
-        digit, total = self.digit, self._readout.bias
+        digit, total = self.label, self._readout.bias
         constants = zip(self._readout.suspicion, self._readout.typical, self.errors, strict=False)
         for weight, (slope, intercept), errors in constants:
             if digit in errors:

@@ -175,7 +175,7 @@ class Service:
 
     def provenance(self, task: Task, job: Job) -> Provenance:
         """Returns the provenance for the PNG files of a task. A search for the digit must be finished."""
-        return task.provenance(self.info(task.options.model).sha256, job.digit)
+        return task.provenance(self.info(task.options.model).sha256, job.label)
 
     def check(self, task: Task) -> None:
         """Raises the errors of `submit`, except Overloaded and those of a change of the state after the call."""
@@ -232,7 +232,7 @@ async def guided_by_clip(request: Request, service: Service, task: Task) -> Task
 
 async def _warning(service: Service, options: Options, embedding: Embedding) -> str | None:
     """Returns the warning about the prompt of a request with CLIP guidance, or None."""
-    digit, similarities = options.digit, None
+    digit, similarities = options.label, None
     assert service.engine.clip
     assert digit is not None, "requests with CLIP guidance have a digit"
     unknown = await asyncio.to_thread(service.engine.clip.unknown_words, [options.clip_prompt])

@@ -242,7 +242,7 @@ class Admission:
         """Returns True if the queue has room for the job.
 
         `waiting` is the number of images that have not started. `slots` is the number of slots that all unfinished
-        images need. A search for the digit can need more slots than the images of its job. The limit of the slots,
+        images need. A search for the class can need more slots than the images of its job. The limit of the slots,
         2 * (capacity + max_batch), bounds the memory. Without it, each request with an earlier deadline than all others
         would start, take memory and then be overtaken by the next such request.
         """

@@ -30,7 +30,7 @@ Comparison: a row that compares the classes takes one evaluation for each remain
 for all steps that are left. The bound becomes lower when classes are dropped. R also holds for steps with such rows: a
 full step has room for the widest row, and R is the lowest rate of a step into which the next row did not fit.
 
-Search: a job that searches for its digit has two stages. W has the evaluations of both stages. The tail is the search,
+Search: a job that searches for its class has two stages. W has the evaluations of both stages. The tail is the search,
 followed by one image: w and s are the sums of both. The reason above still holds. The images begin after the search, so
 these s steps are all different.
 

@@ -417,9 +417,9 @@ class Engine:
         with self._condition:
             finished = [(trajectory, result) for trajectory, result in results if not trajectory.job.closed]
             self.backlog.finish(finished)
-            digits = Counter(trajectory.digit for trajectory, _ in finished if not trajectory.comparison)
-            for digit, count in digits.items():
-                self._metrics.images.labels("none" if digit is None else str(digit)).inc(count)
+            labels = Counter(trajectory.label for trajectory, _ in finished if not trajectory.comparison)
+            for label, count in labels.items():
+                self._metrics.images.labels("none" if label is None else str(label)).inc(count)
             self._complete_drain_if_idle()
         self._runner.release([trajectory for trajectory, _ in results])
 

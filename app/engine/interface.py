@@ -48,13 +48,13 @@ class ModelInfo(ModelSpec):
         """The specification alone. It equals that of the checkpoint file."""
         return ModelSpec(**{field.name: getattr(self, field.name) for field in fields(ModelSpec)})
 
-    def guided_steps_of(self, options: Options, *, has_digit: bool = False) -> StepSet:
+    def guided_steps_of(self, options: Options, *, has_label: bool = False) -> StepSet:
         """Returns the steps of an image with these options that need a second evaluation.
 
-        Without a digit there is no guidance, because the unconditional prediction is used in every step. `has_digit`
-        is True if a search finds the digit before these steps begin.
+        Without a label there is no guidance, because the unconditional prediction is used in every step. `has_label`
+        is True if a search finds the label before these steps begin.
         """
-        is_guided = options.guidance_scale != 1 and (has_digit or options.digit is not None)
+        is_guided = options.guidance_scale != 1 and (has_label or options.label is not None)
         return self.guided_steps(options) if is_guided else range(0)
 
 

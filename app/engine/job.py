@@ -9,7 +9,7 @@ differ in the image from which their trajectories start, in their path and in th
     inpaint     starts from noise, and the pixels outside of the mask are known
     recognise   all pixels are known: each step compares the predictions of the classes with the image
 
-If the digit of an image is unknown, a job can first search for it. The search is one trajectory that compares the
+If the class of an image is unknown, a job can first search for it. The search is one trajectory that compares the
 classes: each step takes one evaluation for each remaining class. Classes with much larger errors are dropped.
 
 These terms are used in app/engine and app/runner:
@@ -51,7 +51,7 @@ RESERVE_SHARE = 0.1  # share of the time of all steps that is kept for small job
 class Options:
     """The options of a request that change pixels. Together with the index they determine every bit of an image."""
 
-    digit: int | None  # None: no class is assumed
+    label: int | None  # the number of the class; None: no class is assumed
     seed: int
     num_steps: int  # number of steps of the path
     sampler: Process
@@ -66,7 +66,7 @@ class Options:
 class ImageKey:
     """The values that distinguish an image from the other images of its request."""
 
-    digit: int
+    label: int
     seed: int
     index: int  # the noise depends on the seed and the index
 
@@ -96,9 +96,9 @@ Result = Pixels | Comparison  # the result of one trajectory
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """The search for the digit of a job. It runs before the images of the job are generated."""
+    """The search for the class of a job. It runs before the images of the job are generated."""
 
-    options: Options  # of the search; it assumes no digit and has no guidance
+    options: Options  # of the search; it assumes no class and has no guidance
     comparison: Comparison
     input: Input | None = None  # None: the input of the images
 
@@ -117,7 +117,7 @@ STOPPED = Clock()  # of the rows that are in no batch
 
 @dataclass(eq=False, slots=True)
 class Trajectory:
-    """One image between x_T and x_0, or the search for the digit of the images.
+    """One image between x_T and x_0, or the search for the class of the images.
 
     A row in a batch follows a clock, which counts the steps of all rows of the batch at once.
     """
@@ -154,15 +154,15 @@ class Trajectory:
 
     @property
     def is_search(self) -> bool:
-        """Returns True for the search for the digit."""
+        """Returns True for the search for the class."""
         search = self.job.request.search
         return search is not None and self.comparison is search.comparison
 
     @property
-    def digit(self) -> int | None:
+    def label(self) -> int | None:
         """Returns the class of this image, or None if no class is assumed."""
         images = self.job.request.images
-        return images[self.index].digit if images else self.job.digit
+        return images[self.index].label if images else self.job.label
 
     @property
     def noise_key(self) -> tuple[int, int]:
@@ -305,9 +305,9 @@ class JobRequest:
     request_id: str = ""  # used in log lines
     input: Input | None = None  # None: the images start from noise
     comparison: Comparison | None = None  # if given, it is the result, and no image is generated
-    search: Search | None = None  # if given, the job searches for the digit before it generates the images
+    search: Search | None = None  # if given, the job searches for the class before it generates the images
     includes_x_t: bool = False  # True if Progress events have x_t
-    # If given, the digit, the seed and the index of each image. Otherwise all images have the digit and the seed of
+    # If given, the label, the seed and the index of each image. Otherwise all images have the label and the seed of
     # `options`, and their position as index.
     images: tuple[ImageKey, ...] = ()
     clip: ClipTarget | None = None  # None: no CLIP guidance
@@ -396,8 +396,8 @@ class Job:
         self.is_reserved = False  # True if it was admitted as a reserved job (see reserve.py); set by the backlog
         self.future: Future[list[Result]] = Future()
         self.future.set_running_or_notify_cancel()  # Only the engine may complete this future.
-        self.digit = request.options.digit  # the class of the images; set at the end of a search
-        self.is_searching = request.search is not None  # True until the digit is found, if the job searches for it
+        self.label = request.options.label  # the class of the images; set at the end of a search
+        self.is_searching = request.search is not None  # True until the class is found, if the job searches for it
         self.sizes, self.widest_row = request.sizes, request.widest_row
         self.image_work = request.evaluations_from(0)  # the largest total size of one image
         # The rows with the most finished steps come first.
@@ -501,10 +501,10 @@ class Job:
     def finish(self, trajectory: Trajectory, result: Result) -> None:
         """Stores the result of one row. Answers the job if this was its last image.
 
-        After a search, the job begins its images with the digit that was found.
+        After a search, the job begins its images with the class that was found.
         """
         if trajectory.is_search and trajectory.comparison:
-            self.digit, self.is_searching, self.unfinished = trajectory.comparison.digit, False, self._image_rows()
+            self.label, self.is_searching, self.unfinished = trajectory.comparison.label, False, self._image_rows()
             return
         self.unfinished.remove(trajectory)
         self._results[trajectory.index] = result

@@ -175,8 +175,7 @@ def labels_of(trajectory: Trajectory, null_label: int) -> list[tuple[int, Sequen
         return [(slots[label], (label,)) for label in comparison.remaining]
     if comparison:
         return [(slots[0], comparison.remaining)]
-    digit = trajectory.digit
-    label = null_label if digit is None else digit
+    label = null_label if trajectory.label is None else trajectory.label
     return [(slots[0], (label, null_label) if trajectory.network_evaluations == GUIDED_EVALUATIONS else (label,))]
 
 

@@ -22,7 +22,7 @@ from model.clip import Clip
 from model.clip_guidance import similarity_gradient
 from model.spec import CALL_ROWS
 
-# Maximum mean absolute difference of pixels in [-1, 1]. Rounding to bfloat16 gives 0.01. A different digit gives 0.3.
+# Maximum mean absolute difference of pixels in [-1, 1]. Rounding to bfloat16 gives 0.01. A different class gives 0.3.
 PROBE_TOLERANCE = 0.1
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 30
 # No round starts after TIMING_SECONDS. If there are fewer than FEWEST_ROUNDS, or if another process uses the core, the

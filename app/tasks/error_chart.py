@@ -29,7 +29,7 @@ def excess_by_class(recognition: Recognition) -> Curves:
     """
     values: dict[int, dict[int, list[float]]] = {}
     for t, errors in zip(recognition.timesteps, recognition.errors, strict=False):
-        own = math.sqrt(max(errors[recognition.digit], SMALLEST_ERROR))
+        own = math.sqrt(max(errors[recognition.label], SMALLEST_ERROR))
         for label, error in errors.items():
             values.setdefault(label, {}).setdefault(t, []).append(math.sqrt(error) / own - 1)
     return {label: [(t, sum(v) / len(v)) for t, v in sorted(at.items())] for label, at in sorted(values.items())}
@@ -63,7 +63,7 @@ def encode_error_chart(recognition: Recognition, text: Mapping[str, str]) -> byt
     axes, image = _Axes.of(curves), Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT_SIZE)
     probability = max(recognition.probabilities)
-    title = f"Recognised as {recognition.digit} ({probability:.1%}). Distance of each class, relative to this class"
+    title = f"Recognised as {recognition.label} ({probability:.1%}). Distance of each class, relative to this class"
     draw.text((LEFT, 14), title, TEXT, font)
     draw.text((LEFT + (WIDTH - LEFT - RIGHT) / 2, HEIGHT - 14), "timestep t", TEXT, font, anchor="mm")
     for i in range(NUM_TICKS + 1):
@@ -73,7 +73,7 @@ def encode_error_chart(recognition: Recognition, text: Mapping[str, str]) -> byt
         draw.text((LEFT - 8, y), f"{excess:+.0%}", TEXT, font, anchor="rm")
         draw.text((x, HEIGHT - BOTTOM + 14), f"{t:.0f}", TEXT, font, anchor="mm")
     for label, points in curves.items():
-        colour, width = COLOURS[label % len(COLOURS)], 4 if label == recognition.digit else 2
+        colour, width = COLOURS[label % len(COLOURS)], 4 if label == recognition.label else 2
         corners = [axes.place(*point) for point in points]
         draw.line(corners, colour, width)
         for x, y in corners:

@@ -90,7 +90,7 @@ def job_of(
         options,
         fields.count,
         timeout=fields.timeout_seconds,
-        guided_steps=info.guided_steps_of(options, has_digit=search is not None),
+        guided_steps=info.guided_steps_of(options, has_label=search is not None),
         input=start,
         search=search,
     )

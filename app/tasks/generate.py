@@ -49,7 +49,7 @@ def generate_each(info: ModelInfo, fields: SamplingFields, images: Sequence[Imag
 
     Raises FieldError for a value that the model does not support.
     """
-    return _task_of(info, fields, options_of(fields, images[0].digit, info), images)
+    return _task_of(info, fields, options_of(fields, images[0].label, info), images)
 
 
 def _task_of(info: ModelInfo, fields: SamplingFields, options: Options, images: Sequence[ImageKey]) -> Task:

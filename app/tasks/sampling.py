@@ -76,7 +76,7 @@ class SamplingFields(ModelFields):
     ] = 1
 
 
-def options_of(fields: SamplingFields, digit: int | None, info: ModelInfo) -> Options:
+def options_of(fields: SamplingFields, label: int | None, info: ModelInfo) -> Options:
     """Returns the options of a request, with the defaults of its model.
 
     Raises FieldError for a value that the model does not support. The path of the options is empty.
@@ -85,14 +85,14 @@ def options_of(fields: SamplingFields, digit: int | None, info: ModelInfo) -> Op
     if sampler not in info.samplers:
         raise _unsupported("sampler", either(info.samplers), info)
     options = Options(
-        digit=digit,
+        label=label,
         seed=fields.seed,
         num_steps=fields.num_steps or info.default_steps,
         sampler=sampler,
         guidance_scale=fields.guidance_scale or info.guidance_scale[sampler],
         model=info.name,
     )
-    if digit is not None and digit >= info.num_classes:
+    if label is not None and label >= info.num_classes:
         raise _unsupported("digit", f"less than or equal to {info.num_classes - 1}", info)
     if options.num_steps > info.max_steps:
         raise _unsupported("num_steps", f"less than or equal to {info.max_steps}", info)

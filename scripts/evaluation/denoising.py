@@ -141,7 +141,7 @@ class Denoiser:
                 levels, part = [t[i] for i in rows.tolist()], u[rows].to(self.device)
                 mean[rows] = self._follow([(t, 0) for t in levels], part, digits[rows], rows, Guidance())
                 found = search(self.step, self.schedule, part, noise_std[rows].tolist())
-                digits[rows] = torch.tensor([each.digit if each else null_label for each in found])
+                digits[rows] = torch.tensor([each.label if each else null_label for each in found])
                 paths = [timesteps_from(self.schedule, DENOISING_SAMPLER, DENOISING_STEPS, t) for t in levels]
                 sample[rows] = self._follow(paths, part, digits[rows], rows, self.guidance)
                 task.advance(len(rows))

@@ -79,7 +79,7 @@ def evaluate_editing(
         from_pixels(sketches.images).to(drawer.device),
         Readout.of(drawer.checkpoint.weights_sha256, len(drawer.class_names)),
     )
-    guessed = torch.tensor([result.digit for result in results])  # (N,)
+    guessed = torch.tensor([result.label for result in results])  # (N,)
     for class_given in (True, False):
         labels = digits if class_given else guessed
         for strength in STRENGTHS:

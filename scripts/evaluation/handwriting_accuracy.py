@@ -41,7 +41,7 @@ class Recognised:
     @property
     def is_right(self) -> list[bool]:
         """True for each picture whose digit was recognised."""
-        return [answer.digit == picture.label for answer, picture in zip(self.answers, self.pictures, strict=True)]
+        return [answer.label == picture.label for answer, picture in zip(self.answers, self.pictures, strict=True)]
 
     def shares(self, group: Callable[[Picture[int]], str]) -> dict[str, float]:
         """Returns the share of recognised digits in each group of pictures."""
@@ -119,6 +119,6 @@ def show_wrong(digits: Recognised) -> "Figure":
         ]
         for tiles in (above, below):
             rows.append(torch.cat(tiles + [empty] * (PER_ROW - len(tiles)), dim=1))
-        read = " ".join(f"{digits.pictures[i].label}:{digits.answers[i].digit}" for i in chosen)
+        read = " ".join(f"{digits.pictures[i].label}:{digits.answers[i].label}" for i in chosen)
         labels += [read, ""]
     return draw_panels([Panel(torch.cat(rows), [], labels)], scale=1)

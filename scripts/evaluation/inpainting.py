@@ -129,7 +129,7 @@ class Filler:
                 results = [ClassDistances(NUM_CLASSES, plan.num_steps) for _ in rows]
                 given = self._drawer.step, [plan] * len(rows), results
                 compare(*given, seed=seed, index=rows, start=start.rows(rows))
-                guessed.append(torch.tensor([result.digit for result in results]))
+                guessed.append(torch.tensor([result.label for result in results]))
                 total += sum(result.evaluations for result in results)
                 task.advance(len(rows))
         return torch.cat(guessed), total / count

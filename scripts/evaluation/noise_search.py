@@ -43,7 +43,7 @@ def search(step: Step, schedule: Schedule, u: Tensor, noise_std: Sequence[float]
 def search_figures(found: Sequence[NoisyComparison], labels: Tensor) -> dict[str, float]:
     """Returns accuracy and calibration of the searches in images of digits with labels (N,)."""
     probabilities = torch.tensor([each.probabilities for each in found], dtype=torch.float64)  # (N, C)
-    is_right = torch.tensor([each.digit for each in found]) == labels  # (N,)
+    is_right = torch.tensor([each.label for each in found]) == labels  # (N,)
     of_digit = probabilities.gather(1, labels[:, None])[:, 0]  # (N,)
     return {
         "accuracy": is_right.double().mean().item(),

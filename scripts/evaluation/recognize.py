@@ -136,7 +136,7 @@ def _fit_to_others(readout: Readout, table: "ErrorTable", others: dict[str, list
 
 def _of_best_class(answers: Sequence[Recognition]) -> tuple[Tensor, Tensor]:
     """Returns the errors (N, len(CYCLE)) of the most probable class in the first pairs, and the ink (N,)."""
-    errors = [[of_classes[answer.digit] for of_classes in answer.errors[: len(CYCLE)]] for answer in answers]
+    errors = [[of_classes[answer.label] for of_classes in answer.errors[: len(CYCLE)]] for answer in answers]
     return torch.tensor(errors), torch.tensor([answer.ink for answer in answers])
 
 
@@ -258,7 +258,7 @@ def replayed(errors: Tensor, ink: float, readout: Readout, num_pairs: int, *, pr
 
 def figures_of(answers: Sequence[Recognition], labels: Tensor) -> dict[str, Any]:
     """Returns accuracy, calls, calibration and the confusion matrix of answers for digits with labels (N,)."""
-    seen = torch.tensor([answer.digit for answer in answers])  # (N,)
+    seen = torch.tensor([answer.label for answer in answers])  # (N,)
     confidence = torch.tensor([max(answer.probabilities) for answer in answers])  # (N,)
     of_digit = torch.tensor([answer.probabilities[y] for answer, y in zip(answers, labels.tolist(), strict=True)])
     confusion = (labels * NUM_CLASSES + seen).bincount(minlength=NUM_CLASSES**2).view(NUM_CLASSES, NUM_CLASSES)

@@ -72,7 +72,7 @@ def test_comparison_of_a_noisy_image_keeps_the_best_classes_and_chooses_the_smal
         errors = {y: 60.0 + y for y in range(10)} | {3: 56.0, 8: 40.0 + 3 * step}
         comparison.add([errors[y] for y in comparison.remaining])
         step += 1
-        assert comparison.digit == (8 if step < 12 else 3)
+        assert comparison.label == (8 if step < 12 else 3)
         assert len(comparison.remaining) in (10, NUM_CANDIDATES, 0)
     assert step == 2 * NUM_PAIRS
     assert math.isinf(comparison.sums[9])
@@ -115,7 +115,7 @@ def test_recognised_digit_has_the_largest_probability_for_any_errors() -> None:
             comparison.add((200 * torch.rand(len(comparison.remaining), generator=random)).tolist())
         probabilities, sums = comparison.probabilities, comparison.estimated_sums
         assert sum(probabilities) == pytest.approx(1)
-        assert probabilities.index(max(probabilities)) == comparison.digit
+        assert probabilities.index(max(probabilities)) == comparison.label
         candidates = [each for each in comparison.sums if math.isfinite(each)]
         dropped = [each for each, known in zip(sums, comparison.sums, strict=True) if math.isinf(known)]
         assert min(dropped) >= max(candidates)

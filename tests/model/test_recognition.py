@@ -102,7 +102,7 @@ def test_pruning_keeps_the_digit_and_saves_evaluations() -> None:
             all_classes.add(row)
             if pruned.remaining:
                 pruned.add([row[y] for y in pruned.remaining])
-        assert all_classes.digit == pruned.digit == digit
+        assert all_classes.label == pruned.label == digit
         assert pruned.evaluations < 0.4 * all_classes.evaluations
 
 

@@ -64,7 +64,7 @@ def _job_fields(job: Job, encode_seconds: float) -> dict[str, Any]:
     return {
         "model": options.model,
         # The digit is null until a search has found it. Digit and seed are null if the images have different ones.
-        "digit": None if len({image.digit for image in images}) > 1 else job.digit,
+        "digit": None if len({image.label for image in images}) > 1 else job.label,
         "count": job.request.count,
         "seed": None if len({image.seed for image in images}) > 1 else options.seed,
         "num_steps": options.num_steps,

@@ -96,7 +96,7 @@ async def recognize(request: Request, service: ServiceDependency) -> Response:
             content = await asyncio.to_thread(encode_error_chart, result, _chart_chunks(result, info, task.chunks))
         return Response(content, media_type=PNG, headers={"Server-Timing": server_timing(job, context)})
     response = RecognizeResponse(
-        digit=result.digit,
+        digit=result.label,
         probabilities=result.probabilities,
         is_digit=result.is_digit,
         evaluations=result.evaluations,
@@ -110,4 +110,4 @@ async def recognize(request: Request, service: ServiceDependency) -> Response:
 
 def _chart_chunks(result: Recognition, info: ModelInfo, chunks: Mapping[str, str]) -> dict[str, str]:
     """Returns the text chunks of a chart."""
-    return {"Software": SOFTWARE, "Digit": str(result.digit), "Model-SHA256": info.sha256, **chunks}
+    return {"Software": SOFTWARE, "Digit": str(result.label), "Model-SHA256": info.sha256, **chunks}

@@ -99,7 +99,7 @@ class NewRows:
 
     def _facts_of(self, row: Trajectory) -> tuple[int, ...]:
         plan_row = row.first_plan_row
-        label = self._null_label if row.digit is None else row.digit
+        label = self._null_label if row.label is None else row.label
         return label, is_special(row), plan_row, 0, *row.noise_key, self._plans.num_noisy[plan_row]
 
     def _draw_noise(self, slots: Array, facts: Array, first: int) -> None:

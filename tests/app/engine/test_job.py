@@ -127,13 +127,13 @@ def test_progress_has_finished_and_unfinished_images_in_order() -> None:
 
 def test_images_of_a_job_have_its_digit_and_seed_and_their_position_as_index() -> None:
     rows = new_job(2, seed=7, digit=3).unfinished
-    assert [(row.digit, row.noise_key) for row in rows] == [(3, (7, 0)), (3, (7, 1))]
+    assert [(row.label, row.noise_key) for row in rows] == [(3, (7, 0)), (3, (7, 1))]
 
 
 def test_images_with_keys_have_their_own_digit_seed_and_index() -> None:
     keys = (ImageKey(3, 7, 5), ImageKey(8, 9, 0))
     job = new_job(2, seed=7, digit=3, images=keys)
-    assert [(row.digit, row.noise_key) for row in job.unfinished] == [(3, (7, 5)), (8, (9, 0))]
+    assert [(row.label, row.noise_key) for row in job.unfinished] == [(3, (7, 5)), (8, (9, 0))]
     assert [row.index for row in job.unfinished] == [0, 1]
     first, second = job.unfinished
     job.finish(second, image(9, 0, 3))

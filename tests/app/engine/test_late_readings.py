@@ -94,9 +94,9 @@ def random_job(choose: random.Random) -> Job:
 def results_are_right(job: Job) -> bool:
     results = job.future.result()
     if job.request.comparison:
-        return job.request.comparison.digit == recognised_class(job)
+        return job.request.comparison.label == recognised_class(job)
     if job.request.search:
-        assert job.digit == recognised_class(job)
+        assert job.label == recognised_class(job)
     return same(results, images(job))
 
 

@@ -111,7 +111,7 @@ class EngineMachine(RuleBasedStateMachine):
         for expected, index in rows:
             done = expected.steps[index] == expected.job.request.options.num_steps
             if expected.error is None:
-                self.images_done[str(expected.job.request.options.digit)] += done
+                self.images_done[str(expected.job.request.options.label)] += done
                 assert sum(n for row, n in stepped.items() if row.job is expected.job and row.index == index) == 1
         allowed = {(expected.job, index) for expected, index in rows}
         assert {(row.job, row.index) for row in stepped} <= allowed
@@ -247,7 +247,7 @@ class EngineMachine(RuleBasedStateMachine):
         finished = [(expected, i) for expected, i in rows if i not in expected.unfinished]
         announced = [(t, i) for t, i in finished if any(isinstance(e, ImageDone) and e.index == i for e in t.events)]
         assert all(expected is suspect and blamed for expected, _ in set(finished) - set(announced))
-        self.images_done.update(str(expected.job.request.options.digit) for expected, _ in announced)
+        self.images_done.update(str(expected.job.request.options.label) for expected, _ in announced)
         self.cancelled["running"] += len(finished) - len(announced)
         if blamed:
             self.end(suspect, errors.InternalError)
@@ -284,7 +284,7 @@ class EngineMachine(RuleBasedStateMachine):
             cancelled.error = ClientGoneError
             self.cancelled.update("running" if cancelled.steps[index] else "waiting" for index in before[cancelled])
         finished = [expected for expected, index in rows if index not in expected.unfinished and expected.error is None]
-        self.images_done.update(str(expected.job.request.options.digit) for expected in finished)
+        self.images_done.update(str(expected.job.request.options.label) for expected in finished)
 
     @rule(often=st.integers(0, 7))
     def give_up(self, often: int) -> None:

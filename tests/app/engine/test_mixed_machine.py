@@ -261,11 +261,11 @@ class MixedMachine(RuleBasedStateMachine):
     def check_result(self, job: Job) -> None:
         results = job.future.result()
         if job.request.comparison:
-            assert [result.digit for result in results] == [recognised_class(job)]  # type: ignore[union-attr]
+            assert [result.label for result in results] == [recognised_class(job)]  # type: ignore[union-attr]
             return
         assert same(results, images(job))  # type: ignore[arg-type]
         if job.request.search:
-            assert job.digit == recognised_class(job)
+            assert job.label == recognised_class(job)
 
     @invariant()
     def no_slot_is_lost(self) -> None:

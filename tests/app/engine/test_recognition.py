@@ -40,7 +40,7 @@ def test_classes_are_dropped_and_the_best_one_is_the_answer() -> None:
     job, runner = new_recognition(20, seed=4), FakeRunner()
     evaluations = run(job, runner)
     (result,) = job.future.result()
-    assert result.digit == recognised_class(job) == 4
+    assert result.label == recognised_class(job) == 4
     # A distance of 3 instead of 1 lowers the log-odds by 2 for each pair. After four pairs, the margin 6 is exceeded.
     assert evaluations == [10] * 4 + [1] * 6
     assert result.evaluations == sum(evaluations) < MOST
@@ -82,13 +82,13 @@ def test_recognition_and_generation_share_steps() -> None:
     assert {len(rows) for rows in runner.calls[:4]} == {3}
     assert same(drawn.future.result(), images(drawn))  # type: ignore[arg-type]
     (result,) = recognised.future.result()
-    assert result.digit == 7
+    assert result.label == 7
 
 
 def test_recognition_runs_if_a_step_has_one_row_at_most() -> None:
     job = new_recognition(20, seed=3)
     assert run(job, FakeRunner(), max_batch=1)[0] == 10
-    assert job.future.result()[0].digit == 3
+    assert job.future.result()[0].label == 3
 
 
 @pytest.mark.parametrize("full", [4, 8, 16, 32])
@@ -123,7 +123,7 @@ def test_errors_that_are_not_finite_fail_only_their_job(value: float) -> None:
     while engine.backlog.jobs:
         tick(engine)
     assert isinstance(faulty.future.exception(), errors.InternalError)
-    assert healthy.future.result()[0].digit == 1
+    assert healthy.future.result()[0].label == 1
     assert not runner.held
 
 

@@ -27,7 +27,7 @@ def test_search_runs_before_the_images_and_the_best_class_is_their_digit() -> No
         *[[True]] * SEARCH_STEPS,
         *[[False] * 2] * NUM_STEPS,
     ]
-    assert job.digit == 6
+    assert job.label == 6
     assert same(job.future.result(), images(job))  # type: ignore[arg-type]
     assert not runner.held
 
@@ -37,7 +37,7 @@ def test_search_ends_early_if_one_class_is_left() -> None:
     engine, job = opened(new_engine(runner)), new_search(search_steps=20)
     engine.submit(job)
     run(engine)
-    assert job.digit == 4
+    assert job.label == 4
     assert len(runner.calls) == MIN_STEPS + NUM_STEPS
 
 
@@ -107,7 +107,7 @@ def test_search_with_nan_fails_only_its_job() -> None:
         engine.submit(job)
     run(engine)
     assert isinstance(faulty.future.exception(), errors.InternalError)
-    assert healthy.digit == 2
+    assert healthy.label == 2
     assert same(healthy.future.result(), images(healthy))  # type: ignore[arg-type]
 
 

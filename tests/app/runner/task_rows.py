@@ -63,7 +63,7 @@ def inpaint_rows(info: ModelInfo, seed: int, count: int = 1, scale: float = 1.0)
 def search_rows(info: ModelInfo, seed: int) -> list[Trajectory]:
     """Returns the row that searches for the digit of an image with missing pixels."""
     path = tuple(recognition_path(info.schedule))
-    options = replace(inpaint_options(info, seed), digit=None)
+    options = replace(inpaint_options(info, seed), label=None)
     searched = replace(options, path=path, num_steps=num_steps_of(path), sampler="ddpm")
     search = Search(searched, ClassDistances(info.num_classes, searched.num_steps))
     start = Input(picture(info, seed), 0.0, 1.0, mask(info, seed))

@@ -72,7 +72,7 @@ KEYS = (ImageKey(3, 7, 0), ImageKey(9, 7, 0), ImageKey(3, 2**53 - 1, 0), ImageKe
 
 def rows_of_keys(num_steps: int = 6, sampler: Sampler = "ddpm", guidance_scale: float = 1.0) -> list[Trajectory]:
     """Returns the rows of a job whose images have the digits, seeds and indices of KEYS."""
-    options = Options(KEYS[0].digit, KEYS[0].seed, num_steps, sampler, guidance_scale)
+    options = Options(KEYS[0].label, KEYS[0].seed, num_steps, sampler, guidance_scale)
     return Job(JobRequest(options, len(KEYS), images=KEYS)).unfinished
 
 
@@ -92,7 +92,7 @@ def test_image_with_its_own_digit_seed_and_index_equals_that_of_a_separate_job(
             runner,
             rows_of(
                 key.index + 1,
-                digit=key.digit,
+                digit=key.label,
                 seed=key.seed,
                 num_steps=6,
                 sampler=sampler,

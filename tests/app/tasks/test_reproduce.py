@@ -72,7 +72,7 @@ def test_task_generates_the_image_with_the_noise_of_its_index() -> None:
     assert (task.job.count, task.scale, task.job.timeout, task.num_steps) == (1, 4, 7.5, 20)
     assert task.job.images == (ImageKey(7, 42, 5),)
     options = task.options
-    assert (options.digit, options.seed, options.num_steps, options.sampler) == (7, 42, 20, "ddim")
+    assert (options.label, options.seed, options.num_steps, options.sampler) == (7, 42, 20, "ddim")
     assert (options.guidance_scale, options.model) == (1.5, "default")
 
 

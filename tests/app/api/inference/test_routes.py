@@ -38,7 +38,7 @@ def pixels_of(seeds: list[int], num_steps: int = 3) -> list[int]:
 
 def image_rows(runner: FakeRunner) -> dict[int, tuple[int | None, tuple[int, int]]]:
     """Returns the digit and the noise key of each image of the job, by index."""
-    return {row.index: (row.digit, row.noise_key) for rows in runner.calls for row in rows}
+    return {row.index: (row.label, row.noise_key) for rows in runner.calls for row in rows}
 
 
 # Inference

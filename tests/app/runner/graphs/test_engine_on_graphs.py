@@ -94,7 +94,7 @@ def test_every_job_has_the_bytes_of_the_cpu_runner_or_its_own_error(loaded: Chec
     for job, events in run.jobs.items():
         if job in run.cancelled:
             assert isinstance(job.future.exception(), ClientGoneError)
-        elif job.request.options.digit == NAN_DIGIT:
+        elif job.request.options.label == NAN_DIGIT:
             assert isinstance(job.future.exception(), errors.InternalError)
         else:
             expected = images_of(loaded, job.request)

@@ -246,7 +246,7 @@ def test_check_of_an_error_in_a_kernel_passes_only_for_a_lost_device(
     runner.check()
 
     def step(rows: StepRows) -> list[Trajectory]:
-        assert rows.trajectories[0].digit == failures.NO_CLASS
+        assert rows.trajectories[0].label == failures.NO_CLASS
         if error:
             raise error
         return []
