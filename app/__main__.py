@@ -50,6 +50,8 @@ def main() -> None:
     compile_only = arguments.compile is COMPILE_ONLY
     given = {name: getattr(arguments, name) for name in Settings.model_fields}
     flags = {name: value for name, value in given.items() if isinstance(value, str)}
+    if arguments.model:
+        flags["models"] = ",".join([*filter(None, [flags.get("models")]), *arguments.model])
     if arguments.openapi:
         if flags or compile_only:
             parser.error("--openapi cannot be combined with other arguments")
@@ -151,6 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m app", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--openapi", action="store_true", help="print the OpenAPI document and exit")
     settings = parser.add_argument_group("settings")
+    settings.add_argument(
+        "--model", action="append", type=_not_empty, metavar="NAME=PATH", help="a model to serve (see --models)"
+    )
     for name, field in Settings.model_fields.items():
         text = (field.description or "").replace("%", "%%")
         if name == "compile":

@@ -47,7 +47,9 @@ class Metrics:
             "route",
         )
         self.requests_in_progress = self._gauge("requests_in_progress", "HTTP requests in progress.")
-        self.images = self._counter("images", "Images generated.", "digit")
+        self.images = self._counter(
+            "images", "Images generated, by digit and by the name of the class.", "digit", "label"
+        )
         self.queue_depth = self._gauge("queue_depth_images", "Images in the queue, before their first step.")
         self.queue_capacity = self._gauge("queue_capacity_images", "Maximum number of images in the queue.")
         self.running_images = self._gauge("running_images", "Images between their first and last step.")

@@ -21,6 +21,7 @@ OFF = "off"
 ANY = "*"
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 _TOKEN = re.compile(r"[!-+\--~]+")  # printable ASCII without spaces and without the comma, which separates keys
+_MODEL_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}")
 _RATE = re.compile(r"\s*([0-9]+)\s*(?:/|per)\s*([0-9]+)?\s*(second|minute|hour|day|month|year)s?\s*")
 _SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400, "month": 30 * 86_400, "year": 360 * 86_400}
 SECRETS = Path("/run/secrets")  # Docker mounts secrets here: the file unfog_api_keys sets UNFOG_API_KEYS
@@ -80,6 +81,23 @@ def _rate_limits(value: Any) -> Any:
     return tuple(limits)
 
 
+def _models(value: Any) -> Any:
+    """Parses comma-separated models such as `digits=digits.safetensors,cars=cars.safetensors`."""
+    if not isinstance(value, str):
+        return value
+    models: dict[str, Path] = {}
+    for part in _parts(value):
+        name, _, path = part.partition("=")
+        if not path:
+            raise ValueError(f"{part!r} has no path. Use the form NAME=PATH")
+        if not _MODEL_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not a name of 1 to 64 letters, digits, dots, hyphens and underscores")
+        if name in models:
+            raise ValueError(f"two models have the name {name!r}")
+        models[name] = Path(path)
+    return models
+
+
 def _origins(value: Any) -> Any:
     """Parses comma-separated origins such as `https://example.com` or `http://localhost:3000`. `*` means any origin."""
     if not isinstance(value, str):
@@ -136,6 +154,7 @@ Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_keys)]
 RateLimits = Annotated[tuple[RateLimit, ...], NoDecode, BeforeValidator(_rate_limits)]
+Models = Annotated[dict[str, Path], NoDecode, BeforeValidator(_models)]
 Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_origins)]
 Networks = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_networks)]
 
@@ -156,12 +175,16 @@ class Settings(BaseSettings):
         secrets_dir=SECRETS if SECRETS.is_dir() else None,
     )
 
+    models: Models = Field(default_factory=dict)
+    """models to serve, as NAME=PATH of a .safetensors file, separated by commas. The first one is the default. They can
+    have different classes and image sizes. The flag --model NAME=PATH adds one model and can be repeated (default: the
+    models of UNFOG_CHECKPOINT and UNFOG_FAST_CHECKPOINT)"""
     checkpoint: Path = SHIPPED
-    """checkpoint of the model `default`, a .safetensors file (default: the checkpoint shipped with unfog)"""
+    """checkpoint of the model `default`, a .safetensors file, without UNFOG_MODELS (default: the checkpoint shipped
+    with unfog)"""
     fast_checkpoint: Literal["auto", "none"] | Path = "auto"
-    """checkpoint of the model `fast`: a .safetensors file, auto or none. auto: the shipped fast checkpoint if
-    UNFOG_CHECKPOINT is the shipped one, otherwise none. none: `fast` is not served. Both checkpoints must have the
-    same image size (default: auto)"""
+    """checkpoint of the model `fast`, without UNFOG_MODELS: a .safetensors file, auto or none. auto: the shipped fast
+    checkpoint if UNFOG_CHECKPOINT is the shipped one, otherwise none. none: `fast` is not served (default: auto)"""
     device: Annotated[str, AfterValidator(_device)] = "auto"
     """auto, cpu, cuda or cuda:N. auto: the GPU if it works, otherwise the CPU (default: auto)"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -261,12 +284,21 @@ class Settings(BaseSettings):
         return self.request_timeout or LONGEST_TIMEOUT
 
     @property
-    def model_names(self) -> list[str]:
-        """The values of `model` that a request may have."""
-        return [DEFAULT_MODEL, FAST_MODEL] if self.fast_path else [DEFAULT_MODEL]
+    def model_paths(self) -> dict[str, Path]:
+        """The path of the checkpoint of each served model, by name. The first model is the default."""
+        if self.models:
+            return self.models
+        fast = {FAST_MODEL: self._fast_path} if self._fast_path else {}
+        return {DEFAULT_MODEL: self.checkpoint, **fast}
+
+    def source_of(self, model: str) -> str:
+        """Returns the variable that names the checkpoint of a model."""
+        if self.models:
+            return variable_of("models")
+        return variable_of("fast_checkpoint" if model == FAST_MODEL else "checkpoint")
 
     @property
-    def fast_path(self) -> Path | None:
+    def _fast_path(self) -> Path | None:
         """The path of the checkpoint of the model `fast`; None if this model is not served."""
         if isinstance(self.fast_checkpoint, Path):
             return self.fast_checkpoint
@@ -287,7 +319,7 @@ def load_settings(flags: Mapping[str, str] | None = None) -> Settings:
     flags = flags or {}
     _check_secrets()
     try:
-        return Settings(**flags)  # type: ignore[arg-type] # pydantic parses the strings
+        settings = Settings(**flags)  # type: ignore[arg-type] # pydantic parses the strings
     except ValidationError as error:
         first = error.errors()[0]
         field, reason = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
@@ -297,6 +329,11 @@ def load_settings(flags: Mapping[str, str] | None = None) -> Settings:
             field, ""
         )
         raise SettingsError(f"{name}{value} is invalid: {reason}{also}") from error
+    for field in settings.model_fields_set & {"checkpoint", "fast_checkpoint"}:
+        if settings.models:
+            both = [flag_of(each) if each in flags else variable_of(each) for each in ("models", field)]
+            raise SettingsError(f"{both[0]} and {both[1]} are both set. Set one of them")
+    return settings
 
 
 def flag_of(field: str) -> str:

@@ -12,7 +12,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +27,7 @@ from model.pixels import from_pixels, to_pixels
 from model.prediction import Prediction, PredictionConfig
 from model.sampler import sample
 from model.schedule import Schedule, ScheduleConfig
-from model.spec import MOST_STEPS, SAMPLERS, Guidance, ModelSpec, Sampler
+from model.spec import DIGITS, MNIST_SHAPE, MOST_STEPS, SAMPLERS, Guidance, ModelSpec, Sampler
 from model.spec import SHIPPED as SHIPPED
 from model.spec import SHIPPED_FAST as SHIPPED_FAST
 from model.training_facts import training_facts
@@ -88,6 +88,9 @@ class CheckpointConfig:
     steps: tuple[int, ...] = ()  # permitted numbers of steps, the first is recommended; empty = all up to T
     training: dict[str, Any] = field(default_factory=dict)  # preset, data, epochs, seed, losses, evaluation
     probe: Probe = Probe()
+    # How drawings become images: as in MNIST, or as they are. auto: as in MNIST for grey digits of 28 x 28 pixels. The
+    # oldest files lack this field.
+    normalisation: Literal["auto", "mnist", "none"] = "auto"
 
     def __post_init__(self) -> None:
         _check_size(self.unet)
@@ -96,6 +99,8 @@ class CheckpointConfig:
             raise ValueError(f"the schedule has {T} steps, but the network has {self.unet.num_steps}")
         Schedule(self.schedule)  # raises ValueError if a sampler could not use it
         _check_names(self.class_names, num_classes)
+        if self.normalisation == "mnist" and self.image_shape != MNIST_SHAPE:
+            raise ValueError("normalisation can be mnist only for grey images of 28x28 pixels")
         if not self.samplers or not {*self.samplers, probe.sampler} <= set(SAMPLERS):
             raise ValueError(f"samplers and probe.sampler must be one or more of {', '.join(SAMPLERS)}")
         if not all(isinstance(num_steps, int) and 1 <= num_steps <= min(T, MOST_STEPS) for num_steps in self.steps):
@@ -127,7 +132,14 @@ class CheckpointConfig:
             guidance={sampler: self.guidance_of(sampler) for sampler in self.samplers},
             guidable=self.guidable,
             training=training_facts(self.training),
+            normalises_drawings=self.normalises_drawings,
         )
+
+    @property
+    def normalises_drawings(self) -> bool:
+        """True if drawings are normalised as in MNIST."""
+        is_like_mnist = self.image_shape == MNIST_SHAPE and self.class_names == DIGITS[: len(self.class_names)]
+        return self.normalisation == "mnist" or (self.normalisation == "auto" and is_like_mnist)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -314,6 +326,9 @@ def _check_names(names: tuple[str, ...], num_classes: int) -> None:
         raise ValueError(f"{len(names)} class names, but the network has {num_classes} classes")
     if unusable := [name for name in names if not name.strip() or not name.isprintable()]:
         raise ValueError(f"class names must be printable and not blank, but one is {unusable[0]!a}")
+    if len(set(names)) < num_classes:
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"class names must differ, but {twice!a} occurs more than once")
 
 
 def _check_size(unet: UNetConfig) -> None:

@@ -30,6 +30,7 @@ LEAST_NOISE_STD = 0.5  # an estimate below half a grey level is 0, because round
 NEIGHBOURHOOD = 5  # side of the square around a pixel that decides whether the pixel is background
 BACKGROUND = 0.5  # share of the pixels that are taken as background
 NOT_BACKGROUND = 0.01  # assumed share of these pixels whose clean value is not 0 but any grey level
+NORMAL_MEDIAN = 0.6745  # median of |z| for a standard normal z
 NUM_LEVELS = 320  # noise levels in the table of the estimator, 2.7% apart
 
 
@@ -52,8 +53,23 @@ def estimate_noise_std(pixels: Tensor) -> Tensor:
     return noise_std.where(noise_std >= LEAST_NOISE_STD, 0.0).clamp(max=MAX_NOISE_STD)
 
 
+def estimate_noise_std_of_photo(pixels: Tensor) -> Tensor:
+    """Returns the standard deviation of the noise in grey levels, (B,) float64, for pixels (B, C, H, W) of 0 to 255.
+
+    Nothing is assumed about what the image shows, except that it is smooth in most places. The finest diagonal
+    coefficients d of the Haar wavelet then are almost only noise, and their median is robust against the others
+    (Donoho & Johnstone 1994): noise_std = median(|d|) / 0.6745. It is 0 for an image without noise.
+    """
+    x = pixels.double()  # (B, C, H, W)
+    height, width = (2 * (side // 2) for side in x.shape[2:])
+    a, b, c, d = (x[:, :, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1))  # (B, C, H / 2, W / 2) each
+    diagonal = (a - b - c + d) / 2
+    noise_std = diagonal.abs().flatten(1).median(dim=1).values / NORMAL_MEDIAN  # (B,)
+    return noise_std.where(noise_std >= LEAST_NOISE_STD, 0.0).clamp(max=MAX_NOISE_STD)
+
+
 def restore_clipped(pixels: Tensor, noise_std: Tensor) -> Tensor:
-    """Returns the pixels (B, 1, H, W), float32, with clipped values replaced by their conditional mean.
+    """Returns the pixels (B, C, H, W), float32, with clipped values replaced by their conditional mean.
 
     noise_std is (B,). A pixel of 0 has a value v below 1/2 before clipping and rounding. Its clean value is assumed to
     be 0, and that of a pixel of 255 to be 255. For v = m + noise_std z (Johnson & Kotz 1970, section 13.7.1):
@@ -63,7 +79,7 @@ def restore_clipped(pixels: Tensor, noise_std: Tensor) -> Tensor:
     For large noise this is 0.8 noise_std below black, or above white. Without this replacement, the input of
     the network has a brighter background and weaker noise than x_t at any timestep.
     """
-    v = pixels.double()  # (B, 1, H, W)
+    v = pixels.double()  # (B, C, H, W)
     std = noise_std.double()[:, None, None, None]  # (B, 1, 1, 1)
     u = 0.5 / std  # (B, 1, 1, 1), infinite for 0
     log_phi = -u.square() / 2 - math.log(2 * math.pi) / 2
@@ -74,7 +90,7 @@ def restore_clipped(pixels: Tensor, noise_std: Tensor) -> Tensor:
 
 
 def restored_image(pixels: Tensor, noise_std: Tensor | Sequence[float]) -> Tensor:
-    """Returns noisy pixels (B, 1, H, W) in [-1, 1], float32, with restored clipped values. noise_std has B values."""
+    """Returns noisy pixels (B, C, H, W) in [-1, 1], float32, with restored clipped values. noise_std has B values."""
     return restore_clipped(pixels, torch.as_tensor(noise_std)) / (WHITE / 2) - 1
 
 

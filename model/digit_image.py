@@ -10,23 +10,20 @@ The steps of `digit`, which follow the description of MNIST by LeCun, Cortes and
 5. Position: the box is placed so that its centre of mass is at the centre of the image.
 """
 
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.pixels import from_pixels
-from model.png import MAX_SCALE
+from model.prepared_image import PreparedImage, block_means, enlargement_of
 from model.spec import Fit, Invert
 
 SIZE = 28  # pixels per side of an MNIST image
 BOX = 20 / 28  # longest side of the drawing, as a share of the image
 COARSE = 256  # the drawing is found in a picture that is reduced to at most this number of pixels per side
 FINE = 8  # subpixels per pixel while the stroke width is changed
-BAND_BYTES = 4 * 2**20  # rows are converted to float32 in bands of about this size, to limit the memory
 
 # Mean stroke widths in pixels, by `_stroke_width`. The quantiles of 1,000 validation digits of MNIST are 1.4 (1%),
 # 2.6 (50%), 3.9 (95%) and 4.6 (99%). Strokes outside of the bounds are changed. Thin strokes get the width TYPICAL.
@@ -41,22 +38,8 @@ LEAST_MASS = 0.02  # also a component whose mass is below this share
 BORDER_CONTACT = 0.25  # a component that touches the border along this share of a side is not part of the drawing
 
 
-@dataclass(frozen=True, slots=True)
-class DigitImage:
-    """A normalised image, and how it was made from the picture."""
-
-    pixels: Tensor  # uint8, (1, size, size), white strokes on black
-    fit: Literal["resize", "digit"]  # `resize` if `digit` found no drawing
-    inverted: bool  # True if the picture had dark strokes on a light background
-
-    @property
-    def x(self) -> Tensor:
-        """The image as float32 in [-1, 1], (1, size, size)."""
-        return from_pixels(self.pixels)
-
-
 @torch.inference_mode()
-def normalise(picture: Any, fit: Fit = "auto", invert: Invert = "auto", size: int = SIZE) -> DigitImage:
+def normalise(picture: Any, fit: Fit = "auto", invert: Invert = "auto", size: int = SIZE) -> PreparedImage:
     """Converts a grey picture (H, W), uint8 or float in 0..255, to an image of size x size pixels.
 
     `picture` is a tensor or an array that `torch.as_tensor` accepts. `fit` is one of:
@@ -76,28 +59,14 @@ def normalise(picture: Any, fit: Fit = "auto", invert: Invert = "auto", size: in
         grey = grey[::factor, ::factor]
     if tuple(grey.shape) == (size, size) and fit != "digit":
         inverted = _has_light_border(grey.float()) if invert == "auto" else invert
-        return DigitImage(_whole(grey, size, inverted), "resize", inverted)
-    coarse = _reduce(grey, COARSE)
+        return PreparedImage(_whole(grey, size, inverted), "resize", inverted)
+    coarse = block_means(grey, COARSE)
     paper = _fit_paper(coarse)
     contrast = coarse - _evaluate(paper, *_grid(coarse.shape))
     inverted = _is_darker(contrast, coarse) if invert == "auto" else invert
     if fit != "resize" and (drawing := _find_drawing(-contrast if inverted else contrast)) is not None:
-        return DigitImage(_to_pixels(_fit_digit(grey, drawing, paper, inverted, size)), "digit", inverted)
-    return DigitImage(_whole(grey, size, inverted), "resize", inverted)
-
-
-def enlargement_of(picture: Any, size: int = SIZE) -> int:
-    """Returns the factor by which an image of size x size pixels was enlarged to the picture (H, W).
-
-    Returns 1 unless each pixel of such an image became factor x factor equal pixels.
-    """
-    grey = torch.as_tensor(picture)
-    factor = grey.shape[0] // size
-    if not 2 <= factor <= MAX_SCALE or tuple(grey.shape) != (factor * size, factor * size):
-        return 1
-    image = grey[::factor, ::factor]
-    enlarged = image.repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1)
-    return factor if torch.equal(enlarged, grey) else 1
+        return PreparedImage(_to_pixels(_fit_digit(grey, drawing, paper, inverted, size)), "digit", inverted)
+    return PreparedImage(_whole(grey, size, inverted), "resize", inverted)
 
 
 @torch.inference_mode()
@@ -117,7 +86,7 @@ def _whole(grey: Tensor, size: int, inverted: bool) -> Tensor:
 def _scaled(grey: Tensor, size: int, background: float | None = None) -> Tensor:
     """Scales a picture (H, W) and centres it on the background, or on the median of its border: float32 (1, s, s)."""
     height, width = _box_of(grey.shape, size)
-    small = grey.float()[None, None] if max(grey.shape) <= size else _reduce(grey, 8 * size)[None, None] * 255
+    small = grey.float()[None, None] if max(grey.shape) <= size else block_means(grey, 8 * size)[None, None] * 255
     small = F.interpolate(small, (height, width), mode="bilinear", antialias=True)[0]  # (1, h, w)
     image = torch.full((1, size, size), _border(small[0], 1).median().item() if background is None else background)
     top, left = (size - height) // 2, (size - width) // 2
@@ -147,19 +116,6 @@ def _box_of(shape: tuple[int, ...], longest: int) -> tuple[int, int]:
     """Returns height and width with the aspect ratio of the shape and this longest side."""
     scale = longest / max(shape)
     return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
-
-
-def _reduce(grey: Tensor, longest: int) -> Tensor:
-    """Averages blocks of k x k pixels, so that no side is longer than `longest`. Returns float32 in [0, 1].
-
-    Works in bands of rows, so that no float32 copy of a large picture is made.
-    """
-    k = -(-max(grey.shape) // longest)
-    if k == 1:
-        return grey.float() / 255
-    rows = k * max(1, BAND_BYTES // (4 * k * grey.shape[1]))
-    bands = [F.avg_pool2d(band.float()[None, None], k, ceil_mode=True)[0, 0] for band in grey.split(rows)]
-    return torch.cat(bands) / 255
 
 
 def _grid(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -325,7 +281,7 @@ def _crop_strokes(grey: Tensor, drawing: Tensor, paper: Tensor, inverted: bool) 
     top, bottom, left, right = _bounds(drawing)
     top, left = max(0, (top - 1) * k), max(0, (left - 1) * k)
     bottom, right = min(height, (bottom + 1) * k), min(width, (right + 1) * k)
-    crop = _reduce(grey[top:bottom, left:right], COARSE)
+    crop = block_means(grey[top:bottom, left:right], COARSE)
     step = -(-max(bottom - top, right - left) // COARSE)
     rows = (top + (torch.arange(crop.shape[0]) + 0.5) * step).clamp_max(height - 1)
     columns = (left + (torch.arange(crop.shape[1]) + 0.5) * step).clamp_max(width - 1)

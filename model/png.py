@@ -6,7 +6,7 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from model.prompts import MAX_PROMPT_LENGTH, is_prompt
-from model.spec import MAX_CLIP_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE, SAMPLERS
+from model.spec import MAX_CLIP_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE, MAX_NAME_LENGTH, SAMPLERS
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LEVEL = 6  # zlib compression level of enlarged images
@@ -34,6 +34,7 @@ MAX_STEPS = 9999
 _FORMS = {  # name of a chunk -> pattern of its value, and description for errors
     "Software": (r"unfog [0-9A-Za-z.+!-]{1,64}", "'unfog' and the version of a release"),
     "Digit": (r"[0-9](?:,[0-9]){0,9}", "a digit from 0 to 9, or different digits separated by commas"),
+    "Label": (r"[ -~]{1,2500}", f"a name of 1 to {MAX_NAME_LENGTH} characters, or names in JSON, in ASCII"),
     "Seed": (r"0|[1-9][0-9]{0,15}", f"an integer from 0 to {MAX_SEED}"),
     "Index": (r"(?:0-)?[1-9][0-9]{0,5}|0", f"an integer from 0 to {MAX_INDEX}, or a range such as 0-8"),
     "Sampler": ("|".join(SAMPLERS), " or ".join(SAMPLERS)),
@@ -93,7 +94,7 @@ class ClipProvenance:
 class Provenance:
     """The parameters of a generated image. Together with its index they determine the pixels."""
 
-    digit: int | str  # for a contact sheet of several digits: the digits, separated by commas
+    labels: tuple[str, ...]  # the name of the class; several for a contact sheet of several classes; empty: no class
     seed: int
     sampler: str
     num_steps: int
@@ -103,23 +104,26 @@ class Provenance:
     software: str = SOFTWARE  # the release that generated the image
     first_index: int = 0  # index of the first image of a request
     clip: ClipProvenance | None = None  # None: no CLIP guidance
+    has_digits: bool = True  # True if the classes of the model are digits
 
     @classmethod
     def parse(cls, text: Mapping[str, str]) -> tuple[Self, range]:
         """Returns the provenance of a picture, and the indices of its images, from its text chunks.
 
-        A contact sheet of n images has the indices 0 to n - 1. A sheet of several digits has these indices for each
-        digit. Raises ProvenanceError for a picture of a task other than generation and for missing or malformed chunks.
+        A contact sheet of n images has the indices 0 to n - 1. A sheet of several classes has these indices for each
+        class. Raises ProvenanceError for a picture of a task other than generation and for missing or malformed chunks.
         """
         if TASK in text:
             raise ProvenanceError(
                 "The picture was made from another picture, which its file does not contain. Use a picture of "
                 "/generate, /v1/images/generations or scripts.sample"
             )
-        values = {name: _value(name, text) for name in _FORMS}
-        digits, (first, _, last) = values["Digit"].split(","), values["Index"].partition("-")
+        named = "Digit" if "Digit" in text or "Label" not in text else "Label"  # The oldest files have no Label.
+        values = {name: _value(name, text) for name in _FORMS if name not in ("Digit", "Label") or name == named}
+        labels = values["Digit"].split(",") if named == "Digit" else _labels_of(values["Label"])
+        first, _, last = values["Index"].partition("-")
         provenance = cls(
-            digit=int(digits[0]) if len(digits) == 1 else values["Digit"],
+            labels=tuple(labels),
             seed=int(values["Seed"]),
             sampler=values["Sampler"],
             num_steps=int(values["Steps"]),
@@ -128,9 +132,10 @@ class Provenance:
             software=values["Software"],
             first_index=int(first),
             clip=ClipProvenance.parse(text),
+            has_digits=named == "Digit",
         )
         is_valid = {
-            "Digit": len(set(digits)) == len(digits),
+            named: len(set(labels)) == len(labels),
             "Seed": provenance.seed <= MAX_SEED,
             "Guidance-Scale": 1 <= provenance.guidance_scale <= MAX_GUIDANCE_SCALE,
         }
@@ -139,11 +144,16 @@ class Provenance:
                 raise _malformed(name)
         return provenance, range(provenance.first_index, int(last or first) + 1)
 
+    def class_text(self) -> dict[str, str]:
+        """Returns the PNG text chunks that name the class."""
+        digit = {"Digit": ",".join(self.labels) or "none"} if self.has_digits else {}
+        return {**digit, **({"Label": _label_text(self.labels)} if self.labels else {})}
+
     def text(self, index: int | str) -> dict[str, str]:
         """Returns the PNG text chunks for the image `index`. The index of a contact sheet is a range such as "0-3"."""
         return {
             "Software": self.software,
-            "Digit": str(self.digit),
+            **self.class_text(),
             "Seed": str(self.seed),
             "Index": str(index),
             "Sampler": self.sampler,
@@ -153,6 +163,29 @@ class Provenance:
             **(self.clip.text() if self.clip else {}),
             **self.task,
         }
+
+
+def _label_text(labels: Sequence[str]) -> str:
+    """Returns the value of the chunk Label: one name as it is if possible, and otherwise JSON, which escapes it."""
+    if len(labels) > 1:
+        return json.dumps(labels)
+    (name,) = labels
+    is_plain = name.isascii() and name[0] not in '"['
+    return name if is_plain else json.dumps(name)
+
+
+def _labels_of(value: str) -> list[str]:
+    """Returns the names in the chunk Label. Raises ProvenanceError if it is malformed."""
+    if value[0] not in '"[':
+        return [value]
+    try:
+        found = json.loads(value)
+    except ValueError as error:
+        raise _malformed("Label") from error
+    labels = found if isinstance(found, list) else [found]
+    if not labels or not all(isinstance(name, str) and 1 <= len(name) <= MAX_NAME_LENGTH for name in labels):
+        raise _malformed("Label")
+    return labels
 
 
 def _value(name: str, text: Mapping[str, str]) -> str:
@@ -173,13 +206,13 @@ def _malformed(name: str) -> ProvenanceError:
     return ProvenanceError(f"The text chunk {name} must be {description}. Use the PNG file as the service wrote it")
 
 
-def sheet_shape(count: int, num_digits: int = 1) -> tuple[int, int]:
-    """Returns the numbers of rows and columns of a sheet with `count` images of each digit.
+def sheet_shape(count: int, num_classes: int = 1) -> tuple[int, int]:
+    """Returns the numbers of rows and columns of a sheet with `count` images of each class.
 
-    Each digit gets one row. The images of a single digit are arranged in a square.
+    Each class gets one row. The images of a single class are arranged in a square.
     """
-    if num_digits > 1:
-        return num_digits, count
+    if num_classes > 1:
+        return num_classes, count
     columns = math.ceil(math.sqrt(count))
     return math.ceil(count / columns), columns
 

@@ -19,6 +19,9 @@ Invert = bool | Literal["auto"]  # True: the picture has dark strokes on a light
 MOST_STEPS = 100  # the limit of num_steps in a request
 MAX_GUIDANCE_SCALE = 10
 MAX_CLIP_GUIDANCE_SCALE = 10
+MAX_NAME_LENGTH = 100  # characters of the name of a class
+MNIST_SHAPE = (1, 28, 28)  # (C, H, W)
+DIGITS = tuple("0123456789")
 # Images in one call of CLIP for guidance. Every call has this number of rows, because the number of rows changes the
 # order of float32 sums. An image then gets the same gradient in every batch.
 CALL_ROWS = 8
@@ -94,11 +97,26 @@ class ModelSpec:
     guidance: Mapping[Sampler, Guidance]  # the recommended guidance of each permitted sampler
     guidable: bool  # True if guidance is possible: the network was trained with dropped labels
     training: TrainingFacts
+    # True if drawings are normalised as in MNIST: light strokes on black, centred by mass (see digit_image.py)
+    normalises_drawings: bool
 
     @property
     def num_classes(self) -> int:
         """The number of classes. Their labels are 0 to num_classes - 1."""
         return len(self.class_names)
+
+    @property
+    def has_digits(self) -> bool:
+        """True if the classes are digits: the name of each class is its number."""
+        return self.class_names == DIGITS[: self.num_classes]
+
+    def name_of(self, label: int | None) -> str | None:
+        """Returns the name of a class, or None if no class is assumed."""
+        return None if label is None else self.class_names[label]
+
+    def digit_of(self, label: int | None) -> int | None:
+        """Returns the label of a class that is a digit, otherwise None."""
+        return label if self.has_digits else None
 
     @property
     def prompts(self) -> tuple[str, ...]:

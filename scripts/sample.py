@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from app.tasks.images import file_name_of
 from model.files import write_atomically
 from model.png import MAX_SCALE, ClipProvenance, Provenance, encode_pixels
 from scripts.common.arguments import Parser, add_drawing_arguments, from_arguments, given_options, integer
@@ -32,14 +33,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.like:
         reproduce(args)
         return
-    if missing := [f"--{name}" for name in ("digit", "out") if getattr(args, name) is None]:
+    if missing := [f"--{name}" for name in ("label", "out") if getattr(args, name) is None]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     generate(args)
 
 
 def reproduce(args: argparse.Namespace) -> None:
     """Generates the picture --like again and reports the difference. Exits with status 1 if it is not identical."""
-    given = [f"--{name}" for name in ("digit", "count", "scale") if getattr(args, name) is not None]
+    given = [f"--{name}" for name in ("label", "count", "scale") if getattr(args, name) is not None]
     if given := given + given_options(args, kept=PERMITTED_WITH_LIKE):
         raise ScriptError(
             f"{given[0]} cannot be combined with --like: the text chunks of the picture determine it. Remove it"
@@ -65,76 +66,84 @@ def generate(args: argparse.Namespace) -> None:
     request = from_arguments(DrawingRequest, args)
     with Reporter() as reporter:
         drawer = open_drawer(request)
-        digits = choose_digits(args.digit, len(drawer.class_names))
+        labels = choose_labels(args.label, drawer.class_names)
         options = options_from(request, drawer.checkpoint)
         drawer.compile(request.compile, reporter)
-        y = torch.tensor(digits).repeat_interleave(count)  # (N,)
-        index = torch.arange(count).repeat(len(digits))  # (N,) from 0 for each digit, as in a request
+        y = torch.tensor(labels).repeat_interleave(count)  # (N,)
+        index = torch.arange(count).repeat(len(labels))  # (N,) from 0 for each class, as in a request
         x_0 = drawer.draw(y, index, options, reporter, seed=seed, batch_size=request.batch_size)
         if args.out.suffix.lower() == ".png":
-            provenance = _provenance(drawer, options, seed, ",".join(map(str, digits)))
-            write_sheet(args.out, x_0, len(digits), provenance, scale=scale)
+            write_sheet(args.out, x_0, len(labels), _provenance(drawer, options, seed, labels), scale=scale)
         else:
-            for digit in digits:
-                provenance = _provenance(drawer, options, seed, digit)
-                write_folder(args.out, x_0[y == digit], provenance, scale=scale)
+            for label in labels:
+                provenance = _provenance(drawer, options, seed, [label])
+                write_folder(args.out, x_0[y == label], provenance, scale=scale)
         images = "1 image" if len(y) == 1 else f"{len(y)} images"
         reporter.line(f"wrote {images} with seed {seed}: {args.out}")
 
 
-def choose_digits(asked: list[str], num_classes: int) -> list[int]:
-    """Returns the digits of --digit in order, without duplicates. `all` means every class.
+def choose_labels(asked: list[str], class_names: Sequence[str]) -> list[int]:
+    """Returns the labels of --label in order, without duplicates. `all` means every class.
 
-    Raises ScriptError for a value that is not a digit.
+    Raises ScriptError for a value that is not the name or the number of a class.
     """
-    digits: list[int] = []
+    known = {str(label): label for label in range(len(class_names))}
+    known |= {name: label for label, name in enumerate(class_names)}  # A name has priority over a number.
+    labels: list[int] = []
     for text in asked:
-        known = [str(digit) for digit in range(num_classes)]
         if text != "all" and text not in known:
-            raise ScriptError(f"--digit {text}: must be 0 to {num_classes - 1} or all")
-        digits += range(num_classes) if text == "all" else [int(text)]
-    return list(dict.fromkeys(digits))
+            raise ScriptError(f"--label {text}: must be 0 to {len(class_names) - 1}, the name of a class, or all")
+        labels += range(len(class_names)) if text == "all" else [known[text]]
+    return list(dict.fromkeys(labels))
 
 
-def write_sheet(path: Path, x_0: Tensor, num_digits: int, provenance: Provenance, *, scale: int) -> None:
-    """Writes images (N, C, H, W) as one PNG. They are sorted by digit, and each digit has the same number of images.
+def write_sheet(path: Path, x_0: Tensor, num_classes: int, provenance: Provenance, *, scale: int) -> None:
+    """Writes images (N, C, H, W) as one PNG. They are sorted by class, and each class has the same number of images.
 
-    Each digit gets one row. The images of a single digit are arranged in a square.
+    Each class gets one row. The images of a single class are arranged in a square.
     """
-    count = len(x_0) // num_digits
+    count = len(x_0) // num_classes
     text = provenance.text(f"0-{count - 1}" if count > 1 else 0)
-    write_atomically(path, encode_pixels(arrange(x_0, num_digits).numpy(), scale=scale, text=text))
+    write_atomically(path, encode_pixels(arrange(x_0, num_classes).numpy(), scale=scale, text=text))
 
 
 def write_folder(folder: Path, x_0: Tensor, provenance: Provenance, *, scale: int) -> None:
-    """Writes images (N, C, H, W) of one digit as one PNG each, with the file names of the service's ZIP answer."""
+    """Writes images (N, C, H, W) of one class as one PNG each, with the file names of the service's ZIP answer."""
     for index, image in enumerate(x_0):
         png = encode_pixels(grid(image[None], 1).numpy(), scale=scale, text=provenance.text(index))
-        write_atomically(folder / f"digit-{provenance.digit}-seed-{provenance.seed}-{index}.png", png)
+        write_atomically(folder / f"{file_name_of(provenance)}-seed-{provenance.seed}-{index}.png", png)
 
 
-def _provenance(drawer: Drawer, options: DrawingOptions, seed: int, digit: int | str) -> Provenance:
+def _provenance(drawer: Drawer, options: DrawingOptions, seed: int, labels: list[int]) -> Provenance:
+    spec = drawer.checkpoint.config.spec
     return Provenance(
-        digit=digit,
+        labels=tuple(spec.class_names[label] for label in labels),
         seed=seed,
         sampler=options.sampler,
         num_steps=options.num_steps,
         guidance_scale=options.guidance.scale,
         model_sha256=drawer.checkpoint.sha256,
-        clip=_clip_provenance(options.clip, str(digit), drawer.class_names) if options.clip else None,
+        clip=_clip_provenance(options.clip, labels, spec.class_names) if options.clip else None,
+        has_digits=spec.has_digits,
     )
 
 
-def _clip_provenance(clip: ClipOptions, digits: str, class_names: Sequence[str]) -> ClipProvenance:
-    """Returns the CLIP guidance of images of one digit, or of a sheet of digits that are separated by commas."""
-    prompt = clip.prompt_of(class_names[int(digits)]) if digits.isdecimal() else clip.prompt
+def _clip_provenance(clip: ClipOptions, labels: list[int], class_names: Sequence[str]) -> ClipProvenance:
+    """Returns the CLIP guidance of images of these classes."""
+    prompt = clip.prompt_of(class_names[labels[0]]) if len(labels) == 1 else clip.prompt
     return ClipProvenance(clip.guidance.scale, prompt, clip.sha256)
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="python -m scripts.sample", description=__doc__)
-    parser.add_argument("--digit", action="append", help="0 to 9 or all; may be repeated; required without --like")
-    parser.add_argument("--count", type=integer(1, 10_000), help="images per digit, 1 to 10000; default: 1")
+    parser.add_argument(
+        "--label",
+        "--digit",
+        dest="label",
+        action="append",
+        help="a class: its name or number, such as 7, or all; may be repeated; required without --like",
+    )
+    parser.add_argument("--count", type=integer(1, 10_000), help="images per class, 1 to 10000; default: 1")
     parser.add_argument(
         "--out",
         type=Path,

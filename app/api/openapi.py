@@ -9,11 +9,10 @@ from pydantic.json_schema import models_json_schema
 
 from app.api.operations import GROUPS, REF, Offer, Operation
 from app.api.service import Service
-from app.engine.job import DEFAULT_MODEL, FAST_MODEL
 from model.checkpoint import CheckpointError, read_config
 from model.spec import ModelSpec
 
-SUMMARY = "Handwritten digits from a diffusion model. On a CPU the same seed gives the same bytes under any load."
+SUMMARY = "Images of a class from a diffusion model. On a CPU the same seed gives the same bytes under any load."
 KEYS_REQUIRED = "Required if UNFOG_API_KEYS is set."
 KEYS = {
     "bearer": {"type": "http", "scheme": "bearer", "description": KEYS_REQUIRED},
@@ -41,10 +40,9 @@ class Document:
             return {name: info.spec for name, info in models.items()}
         if self._built:
             return self._built[0]
-        settings = self._service.settings
-        paths = {DEFAULT_MODEL: settings.checkpoint, FAST_MODEL: settings.fast_path}
+        paths = self._service.settings.model_paths
         try:
-            return {name: read_config(path).spec for name, path in paths.items() if path}
+            return {name: read_config(path).spec for name, path in paths.items()}
         except CheckpointError:  # The engine reports the error when it loads the file.
             return {}
 

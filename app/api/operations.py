@@ -32,7 +32,7 @@ FILE = "(content of the file)"  # a file in an example of a multipart body
 PICTURES = Path(__file__).parent / "example_pictures"
 
 GROUPS = {  # name -> description, in the order of the document
-    "Generate": "New images of a digit.",
+    "Generate": "New images of a class.",
     "Pictures": "Tasks that start from a picture: as a file in multipart/form-data, or in base64 in JSON.",
     "Models": "What the served models can do.",
     "Operations": "The state of the service, its running images and its metrics.",
@@ -117,7 +117,7 @@ class Offer:
     @property
     def names(self) -> list[str]:
         """The names of the models."""
-        return list(self.models) or self.settings.model_names
+        return list(self.models or self.settings.model_paths)
 
 
 @dataclass(frozen=True, slots=True)

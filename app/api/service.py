@@ -30,20 +30,18 @@ from app.api.http.uploads import ImageReader
 from app.engine.clip_worker import ClipWorker, Embedding, Scores
 from app.engine.engine import Engine
 from app.engine.interface import ClipInfo, ModelInfo
-from app.engine.job import DEFAULT_MODEL, FrameRequest, Job, Listener, Options, Pixels, Result
+from app.engine.job import FrameRequest, Job, Listener, Pixels, Result
 from app.errors import FieldError
 from app.metrics import Metrics
 from app.settings import OFF, Settings
 from app.tasks.clip_warnings import prompt_warning
-from app.tasks.from_image import check_model
+from app.tasks.from_image import PictureFields, check_model
 from app.tasks.generate import with_clip
 from app.tasks.images import sheet_text
 from app.tasks.names import either
-from app.tasks.sampling import ModelFields
 from app.tasks.task import Task
 from model.clip import ClipNotInstalledError
 from model.png import Provenance
-from model.prompts import digit_prompt
 
 CLIP_OFF = "CLIP is turned off (UNFOG_CLIP=off). Start the service with UNFOG_CLIP=auto"
 # Images with at most this number of pixels together, after their enlargement, are encoded in the event loop. This takes
@@ -51,6 +49,7 @@ CLIP_OFF = "CLIP is turned off (UNFOG_CLIP=off). Start the service with UNFOG_CL
 MAX_SMALL_PIXELS = 4096
 MIN_TIMEOUT = 1e-3  # seconds that are left for the steps of a request whose prompt took almost all of its time
 T = TypeVar("T")
+P = TypeVar("P", bound=PictureFields)
 
 
 class InFlight:
@@ -100,22 +99,38 @@ class Service:
         """The time since the application was created."""
         return time.monotonic() - self.started_at
 
-    def info(self, model: str) -> ModelInfo:
-        """Returns a model.
+    @property
+    def models(self) -> dict[str, ModelInfo]:
+        """The served models by name. The first one is the default.
 
-        Raises FieldError if the name is unknown. Raises Starting or EngineFailed if no model is loaded.
+        Raises Starting or EngineFailed if no model is loaded.
         """
         models = self.engine.models
         if not models:
             self.engine.state.refuse_unless_ok()
             raise errors.Starting(1)
+        return models
+
+    def info(self, model: str | None = None) -> ModelInfo:
+        """Returns a model, or the default model without a name. Raises FieldError if the name is unknown.
+
+        Also raises the errors of `models`.
+        """
+        models = self.models
+        if model is None:
+            return next(iter(models.values()))
         if model not in models:
             raise FieldError("model", f"Input should be {either(models)}")
         return models[model]
 
-    def picture_model(self, fields: ModelFields) -> ModelInfo:
-        """Returns the model of a request with a picture. Raises FieldError if it supports only generation."""
-        return check_model(self.info(fields.model))
+    def with_model(self, fields: P) -> tuple[P, ModelInfo]:
+        """Returns the fields of a request with a picture and its model.
+
+        Raises FieldError if the model does not support the fields.
+        """
+        info = self.info(fields.model)
+        check_model(info, fields)
+        return fields, info
 
     @property
     def clip_info(self) -> ClipInfo:
@@ -123,7 +138,7 @@ class Service:
 
         Raises NotAvailable if the service runs without one. Raises Starting or EngineFailed if no model is loaded.
         """
-        self.info(DEFAULT_MODEL)
+        _ = self.models
         if self.engine.clip:
             return self.engine.clip.info
         raise errors.NotAvailable(CLIP_OFF if self.settings.clip == OFF else str(ClipNotInstalledError()))
@@ -169,13 +184,13 @@ class Service:
         )
         job = Job(request)
         self.engine.submit(job, is_accepted=request.clip is not None)
-        context.job = job
+        context.job, context.class_facts = job, task.class_facts
         context.answered.enter_context(self.in_flight.one())
         return job
 
     def provenance(self, task: Task, job: Job) -> Provenance:
-        """Returns the provenance for the PNG files of a task. A search for the digit must be finished."""
-        return task.provenance(self.info(task.options.model).sha256, job.label)
+        """Returns the provenance for the PNG files of a task. A search for the class must be finished."""
+        return task.provenance(job.label)
 
     def check(self, task: Task) -> None:
         """Raises the errors of `submit`, except Overloaded and those of a change of the state after the call."""
@@ -223,23 +238,22 @@ async def guided_by_clip(request: Request, service: Service, task: Task) -> Task
             (text,) = await cancel_on_disconnect(request, embedded)
     except TimeoutError:
         raise errors.DeadlineExceeded from None
-    warning = await _warning(service, options, text)
-    task = with_clip(task, service.info(options.model), clip, text, service.engine.clip_evaluations, warning)
+    warning = await _warning(service, task, text)
+    task = with_clip(task, clip, text, service.engine.clip_evaluations, warning)
     if not (timeout or service.settings.request_timeout):  # The engine chooses the timeout of the images.
         return task
     return replace(task, job=replace(task.job, timeout=max(deadline - time.monotonic(), MIN_TIMEOUT)))
 
 
-async def _warning(service: Service, options: Options, embedding: Embedding) -> str | None:
+async def _warning(service: Service, task: Task, embedding: Embedding) -> str | None:
     """Returns the warning about the prompt of a request with CLIP guidance, or None."""
-    digit, similarities = options.label, None
+    label, info, similarities = task.options.label, task.info, None
     assert service.engine.clip
-    assert digit is not None, "requests with CLIP guidance have a digit"
-    unknown = await asyncio.to_thread(service.engine.clip.unknown_words, [options.clip_prompt])
-    prompts = service.info(options.model).prompts
-    if prompts[digit] == digit_prompt(digit):  # The real digits are images of this class.
-        similarities = service.clip.compare_with_real_digits(digit, embedding)
-    return prompt_warning(unknown, digit, similarities)
+    assert label is not None, "requests with CLIP guidance name a class"
+    unknown = await asyncio.to_thread(service.engine.clip.unknown_words, [task.options.clip_prompt])
+    if info.has_digits:  # The real digits are images of this class.
+        similarities = service.clip.compare_with_real_digits(label, embedding)
+    return prompt_warning(unknown, info.class_names[label], similarities)
 
 
 async def finish(service: Service, request: Request, job: Job) -> list[Result]:
@@ -296,7 +310,7 @@ async def answer(
 async def _animation(request: Request, service: Service, task: Task, media_type: str, num_previews: int) -> Response:
     """Submits a task and returns the animation of its images. See num_frames_of for `num_previews`."""
     num_frames = num_frames_of(num_previews, task.options.num_steps)
-    num_pixels = num_pixels_of(service.info(task.options.model).image_shape, task.job.count, task.scale, num_frames)
+    num_pixels = num_pixels_of(task.info.image_shape, task.job.count, task.scale, num_frames)
     service.check(task)  # Its errors precede Overloaded.
     collector = FrameCollector(num_frames, task.job.count)
 

@@ -417,9 +417,11 @@ class Engine:
         with self._condition:
             finished = [(trajectory, result) for trajectory, result in results if not trajectory.job.closed]
             self.backlog.finish(finished)
-            labels = Counter(trajectory.label for trajectory, _ in finished if not trajectory.comparison)
-            for label, count in labels.items():
-                self._metrics.images.labels("none" if label is None else str(label)).inc(count)
+            images = Counter((row.options.model, row.label) for row, _ in finished if not row.comparison)
+            for (model, label), count in images.items():
+                info = self.models[model]
+                names = info.digit_of(label), info.name_of(label)
+                self._metrics.images.labels(*("none" if name is None else str(name) for name in names)).inc(count)
             self._complete_drain_if_idle()
         self._runner.release([trajectory for trajectory, _ in results])
 

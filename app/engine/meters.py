@@ -11,10 +11,10 @@ class Counted(Protocol):
 
 
 class Labelled(Protocol):
-    """A counter with one label."""
+    """A counter with labels."""
 
     def labels(self, *values: str) -> Counted:
-        """Returns the counter for this value of the label."""
+        """Returns the counter for these values of the labels."""
 
 
 class Observed(Protocol):
@@ -53,7 +53,7 @@ class EngineMetrics(Protocol):
 
     @property
     def images(self) -> Labelled:
-        """Returns the counter of images by digit."""
+        """Returns the counter of images by digit and by the name of the class."""
 
     @property
     def cancelled(self) -> Labelled:

@@ -23,9 +23,9 @@ FIRST_PLAN_ROWS = 16_384
 
 
 class Slots:
-    """The state of all started images. An index of the first dimension of its tensors is a slot. Slot 0 is for padding.
+    """The state of all started images of one model. Slot 0 is for padding.
 
-    The number of slots doubles when all slots are in use.
+    An index of the first dimension of the tensors is a slot. The number of slots doubles when all slots are in use.
     """
 
     def __init__(
@@ -127,6 +127,14 @@ class Plans:
             self.num_steps[start] = len(plan)
             self.num_noisy[start] = 1 + noisy[-1] if noisy else 0
         return self._starts[key]
+
+
+def by_model(trajectories: Sequence[Trajectory]) -> dict[str, list[Trajectory]]:
+    """Returns the trajectories of each model, in their order. The models are in the order of their first trajectory."""
+    groups: dict[str, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        groups.setdefault(trajectory.job.request.options.model, []).append(trajectory)
+    return groups
 
 
 Indices = tuple[list[int], list[int], list[int], list[int], list[int]]  # the fields of Rows in model/step.py

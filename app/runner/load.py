@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from app.engine.interface import RunnerError
-from app.engine.job import DEFAULT_MODEL, FAST_MODEL
 from app.runner.clip import ClipModel
 from app.runner.device import choose_device, choose_dtype, choose_num_threads
 from app.runner.graphs.device import CudaDevice
@@ -17,15 +16,7 @@ from model.checkpoint import Checkpoint, CheckpointError
 
 def load_runner(settings: Settings) -> Runner:
     """Returns the runner for these settings. Raises RunnerError with a message of one line if this fails."""
-    models = {DEFAULT_MODEL: _load(settings.checkpoint, "UNFOG_CHECKPOINT")}
-    if settings.fast_path:
-        models[FAST_MODEL] = _load(settings.fast_path, "UNFOG_FAST_CHECKPOINT")
-        fast, default = (_shape_text(models[name]) for name in (FAST_MODEL, DEFAULT_MODEL))
-        if fast != default:
-            raise RunnerError(
-                "UNFOG_FAST_CHECKPOINT and UNFOG_CHECKPOINT must have the same image shape, "
-                f"but have {fast} and {default}"
-            )
+    models = {name: _load(path, settings.source_of(name)) for name, path in settings.model_paths.items()}
     device = choose_device(settings.device)
     fixed_rows = (settings.max_batch or FIXED_ROWS) if settings.reproducible == "on" else None
     if fixed_rows and device.type == "cuda" and settings.compile == "off":
@@ -44,10 +35,6 @@ def load_runner(settings: Settings) -> Runner:
     if runner.clip:
         runner.clip.wait_until_ready()  # Otherwise its start would take CPU time from the warm-up and the steps.
     return runner
-
-
-def _shape_text(loaded: Checkpoint) -> str:
-    return "x".join(map(str, loaded.image_shape))
 
 
 def _load(path: Path, variable: str) -> Checkpoint:

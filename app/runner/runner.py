@@ -4,6 +4,7 @@ The docstring of app/engine/job.py explains rows, slots, plans and evaluations.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,11 +19,11 @@ from einops import rearrange
 from torch import Tensor
 
 from app.engine.interface import DeviceLostError, ModelInfo, Reading, Ready, RunnerError
-from app.engine.job import DEFAULT_MODEL, Input, Options, Pixels, StepRows, Trajectory
+from app.engine.job import Input, Options, Pixels, StepRows, Trajectory
 from app.engine.step_times import StepTimes
 from app.runner.clip import ClipModel
 from app.runner.device import device_errors
-from app.runner.device_state import Plans, Slots, labels_of, num_rows_of, rows_of
+from app.runner.device_state import Plans, Slots, by_model, labels_of, num_rows_of, rows_of
 from app.runner.loaded_model import LoadedModel
 from app.runner.threads import ComputeThreads
 from app.runner.transfers import Transfers
@@ -56,6 +57,9 @@ def compiler_errors() -> Iterator[None]:
 class Runner:
     """Holds the networks and the state of the images. Each image that has started has a slot on the device.
 
+    Each model has slots of its own, because the images of two models can have different shapes. The first model is the
+    default.
+
     The state is float32. Only the inputs of the networks are cast to the dtype. A step writes the state after
     everything else has succeeded, so that a failed step can be repeated with fewer rows.
     """
@@ -74,18 +78,18 @@ class Runner:
         self._num_steps = 0
         self.threads = threads or ComputeThreads((torch.get_num_threads(),))
         self._transfers = Transfers(device)
-        self.device, self.image_shape = device, models[DEFAULT_MODEL].image_shape
+        self.device, self.default_model = device, next(iter(models))
         self._models = {name: LoadedModel(name, loaded, device, dtype) for name, loaded in models.items()}
         # All tensors are made in inference mode, because a compiled step distinguishes inference tensors from others.
         with torch.inference_mode():
             self._plans = self._new_plans()
-            self._slots = self._new_slots(num_labels=1 + max(info.num_classes for info in self.models.values()))
+            self._slots = {name: self._new_slots(info) for name, info in self.models.items()}
 
     def _new_plans(self) -> Plans:
         return Plans(self.device)
 
-    def _new_slots(self, num_labels: int) -> Slots:
-        return Slots(FIRST_SLOTS, self.image_shape, self.device, self._transfers, num_labels)
+    def _new_slots(self, info: ModelInfo) -> Slots:
+        return Slots(FIRST_SLOTS, info.image_shape, self.device, self._transfers, num_labels=1 + info.num_classes)
 
     def compile(self, cache: Path, *, must: bool) -> bool:
         """Compiles the step of each model. Returns True if this succeeds for all models.
@@ -144,11 +148,7 @@ class Runner:
         Raises OutOfMemoryError or DeviceLostError for device errors. Any other error is a bug.
         """
         start, on_core = time.perf_counter(), time.thread_time()
-        trajectories = rows.trajectories
-        by_model: dict[str, list[Trajectory]] = {}
-        for trajectory in trajectories:
-            by_model.setdefault(trajectory.job.request.options.model, []).append(trajectory)
-        not_finite = self._step(trajectories, by_model, before_call)
+        not_finite = self._step(by_model(rows.trajectories), before_call)
         self.threads.observe(time.perf_counter() - start, time.thread_time() - on_core)
         self._num_steps += 1
         if self._num_steps % STEPS_UNTIL_TRIM == 0:
@@ -157,16 +157,13 @@ class Runner:
 
     @torch.inference_mode()
     def _step(
-        self,
-        trajectories: list[Trajectory],
-        by_model: Mapping[str, list[Trajectory]],
-        before_call: Callable[[], None],
+        self, rows_of_models: Mapping[str, list[Trajectory]], before_call: Callable[[], None]
     ) -> list[Trajectory]:
         """Runs `step`. Computes all results, and so allocates all memory, before the first write of state."""
-        rows = list(chain(*by_model.values()))
+        rows = list(chain(*rows_of_models.values()))
         with device_errors():
-            self._begin([trajectory for trajectory in trajectories if not trajectory.slots])
-            parts = [self._call(self._models[name], own, before_call) for name, own in by_model.items()]
+            self._begin([trajectory for trajectory in rows if not trajectory.slots])
+            parts = [self._call(self._models[name], own, before_call) for name, own in rows_of_models.items()]
             read = self._transfers.start_download(torch.cat([part.finite for part in parts]))
             self._commit(parts)
         try:
@@ -180,16 +177,16 @@ class Runner:
 
     def _call(self, model: LoadedModel, trajectories: list[Trajectory], before_call: Callable[[], None]) -> "_Part":
         """Calls one network. Returns the results of the rows."""
-        rows = rows_of(trajectories, model.program.null_label, self._transfers)
+        rows, slots = rows_of(trajectories, model.program.null_label, self._transfers), self._slots[model.info.name]
         before_call()
         start = time.perf_counter()
-        stepped = model.step(self._slots.state, self._plans.table, rows)
+        stepped = model.step(slots.state, self._plans.table, rows)
         stepped = self._guide_with_clip(stepped, rows, trajectories)
         self.network_seconds += time.perf_counter() - start
         errors = None
         if any(trajectory.comparison for trajectory in trajectories):
             errors = rows.slot, rows.label, stepped.error
-        return _Part(rows.slots, stepped.x_prev, stepped.x_0, stepped.finite, errors)
+        return _Part(slots, rows.slots, stepped.x_prev, stepped.x_0, stepped.finite, errors)
 
     def _guide_with_clip(self, stepped: Stepped, rows: Rows, trajectories: list[Trajectory]) -> Stepped:
         """Returns the results of a network call with CLIP guidance for the rows that have it in this step."""
@@ -215,10 +212,10 @@ class Runner:
         try:
             for part in parts:
                 for name in ("x_t", "x_0"):
-                    self._slots.write(part.slots, **{name: getattr(part, name)})
+                    part.of.write(part.slots, **{name: getattr(part, name)})
                     is_written = True
                 if part.errors:
-                    self._slots.write_errors(*part.errors)
+                    part.of.write_errors(*part.errors)
         except Exception as error:
             if not is_written:
                 raise
@@ -227,8 +224,7 @@ class Runner:
     @torch.inference_mode()
     def pixels(self, trajectories: list[Trajectory]) -> Reading[Sequence[Pixels | None]]:
         """Reads the current prediction of x_0 of each image, as 8-bit pixels. It is black before the first step."""
-        (x_0,) = self._read_images(trajectories, self._slots.state.x_0)
-        return Ready(x_0)
+        return Ready([x_0 for (x_0,) in self._read_images(trajectories, "x_0")])
 
     @torch.inference_mode()
     def pixels_with_x_t(self, trajectories: list[Trajectory]) -> Reading[Sequence[tuple[Pixels, Pixels] | None]]:
@@ -236,42 +232,51 @@ class Runner:
 
         Reads both with one transfer. Both are black for an image before its first step.
         """
-        x_0, x_t = self._read_images(trajectories, self._slots.state.x_0, self._slots.state.x_t)
-        return Ready(list(zip(x_0, x_t, strict=True)))
+        return Ready([(x_0, x_t) for x_0, x_t in self._read_images(trajectories, "x_0", "x_t")])
 
-    def _read_images(self, trajectories: list[Trajectory], *states: Tensor) -> list[list[Pixels]]:
-        """Returns the images of the trajectories as 8-bit pixels, for each tensor of the state (slots, C, H, W)."""
+    def _read_images(self, trajectories: list[Trajectory], *names: str) -> list[tuple[Pixels, ...]]:
+        """Returns the images of each trajectory as 8-bit pixels, for the tensors of the state with these names."""
+        images = dict[Trajectory, tuple[Pixels, ...]]()
         with device_errors():
-            begun = [trajectory for trajectory in trajectories if trajectory.slots]
-            slots = self._slots.of(begun)  # (B,)
-            parts = [state[slots] for state in states]
-            if len(begun) < len(trajectories):
-                black = torch.full_like(states[0][:1], -1)  # (1, C, H, W), for images before their first step
-                parts = [torch.cat([part, black]) for part in parts]
-            levels = to_pixels(torch.cat(parts) if len(parts) > 1 else parts[0])
-            layout = "(s b) 1 h w -> s b h w" if self.image_shape[0] == 1 else "(s b) c h w -> s b h w c"
-            images = rearrange(levels, layout, s=len(states)).contiguous()
-            of_states = self._transfers.download(images).numpy()
+            for model, own in by_model(trajectories).items():
+                images |= self._read_images_of(self._slots[model], own, names)
+        return [images[trajectory] for trajectory in trajectories]
+
+    def _read_images_of(
+        self, slots: Slots, trajectories: list[Trajectory], names: Sequence[str]
+    ) -> dict[Trajectory, tuple[Pixels, ...]]:
+        """Returns the images of the trajectories of one model."""
+        states = [getattr(slots.state, name) for name in names]  # (slots, C, H, W) each
+        begun = [trajectory for trajectory in trajectories if trajectory.slots]
+        places = slots.of(begun)  # (B,)
+        parts = [state[places] for state in states]
+        if len(begun) < len(trajectories):
+            black = torch.full_like(states[0][:1], -1)  # (1, C, H, W), for images before their first step
+            parts = [torch.cat([part, black]) for part in parts]
+        levels = to_pixels(torch.cat(parts) if len(parts) > 1 else parts[0])
+        layout = "(s b) 1 h w -> b s h w" if levels.shape[1] == 1 else "(s b) c h w -> b s h w c"
+        images = self._transfers.download(rearrange(levels, layout, s=len(states)).contiguous()).numpy()
         place = {trajectory: i for i, trajectory in enumerate(begun)}
-        return [[images[place.get(trajectory, -1)] for trajectory in trajectories] for images in of_states]
+        return {trajectory: tuple(images[place.get(trajectory, -1)]) for trajectory in trajectories}
 
     @torch.inference_mode()
     def errors(self, trajectories: list[Trajectory]) -> Reading[Sequence[Sequence[float] | None]]:
         """Reads the errors of the remaining classes in the last step, for rows that compare the classes."""
-        evaluations = [
-            [(slot, label) for slot, labels in labels_of(trajectory, 0) for label in labels]
-            for trajectory in trajectories
-        ]
+        errors = dict[Trajectory, list[float]]()
         with device_errors():
-            slots, labels = (
-                self._transfers.upload([index for own in evaluations for pair in own for index in pair]).view(-1, 2).T
-            )
-            errors = iter(self._transfers.download(self._slots.error[slots, labels]).tolist())
-        return Ready([[next(errors) for _ in own] for own in evaluations])
+            for model, own in by_model(trajectories).items():
+                evaluations = [
+                    (slot, label) for trajectory in own for slot, labels in labels_of(trajectory, 0) for label in labels
+                ]
+                slots, labels = self._transfers.upload([index for pair in evaluations for index in pair]).view(-1, 2).T
+                values = iter(self._transfers.download(self._slots[model].error[slots, labels]).tolist())
+                errors |= {trajectory: list(islice(values, trajectory.network_evaluations)) for trajectory in own}
+        return Ready([errors[trajectory] for trajectory in trajectories])
 
     def release(self, trajectories: list[Trajectory]) -> None:
         """Releases the slots of the trajectories that have one."""
-        self._slots.release(trajectories)
+        for model, own in by_model(trajectories).items():
+            self._slots[model].release(own)
 
     @compiler_errors()
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
@@ -292,13 +297,14 @@ class Runner:
 
     def _measure(self, should_stop: Callable[[], bool]) -> StepTimes:
         """Measures the step times. Models with the same network as the default model have the same times."""
-        seconds, default = dict[str, dict[int, float]](), self._models[DEFAULT_MODEL]
+        seconds, default = dict[str, dict[int, float]](), self._models[self.default_model]
         for name, model in self._models.items():
             has_other_network = model.checkpoint.config.unet != default.checkpoint.config.unet
-            if name == DEFAULT_MODEL or has_other_network or model.info.compiled is not default.info.compiled:
+            if name == self.default_model or has_other_network or model.info.compiled is not default.info.compiled:
                 seconds[name] = measure_step_times(self, name, self._time_step, self.batches, should_stop)
-        clip_seconds = measure_clip_call(self.clip.clip, self.image_shape, should_stop) if self.clip else 0.0
-        return StepTimes(seconds.pop(DEFAULT_MODEL), clip_seconds, seconds)
+        largest = max((info.image_shape for info in self.models.values()), key=math.prod)
+        clip_seconds = measure_clip_call(self.clip.clip, largest, should_stop) if self.clip else 0.0
+        return StepTimes(seconds.pop(self.default_model), clip_seconds, seconds)
 
     def check(self) -> None:
         """Generates the probe image of each model. Raises RunnerError if one differs from the stored image."""
@@ -327,16 +333,19 @@ class Runner:
 
     def _begin(self, trajectories: list[Trajectory]) -> None:
         """Assigns slots to the trajectories and writes their first x_t and their options there."""
-        if not trajectories:
-            return
+        for model, own in by_model(trajectories).items():
+            self._begin_rows(self._slots[model], self._models[model].info.image_shape, own)
+
+    def _begin_rows(self, slots: Slots, image_shape: tuple[int, int, int], trajectories: list[Trajectory]) -> None:
+        """Begins rows of one model."""
         rows = [trajectory for trajectory in trajectories for _ in range(trajectory.num_slots)]
         options = [row.options for row in rows]
         for row in trajectories:
             row.first_plan_row = self._first_plan_row(row.options)
         seed, index = map(self._transfers.upload, zip(*(row.noise_key for row in rows), strict=True))  # (B,) each
-        z = normal(seed, index, torch.zeros_like(seed), self.image_shape)  # (B, C, H, W)
+        z = normal(seed, index, torch.zeros_like(seed), image_shape)  # (B, C, H, W)
         scale = self._transfers.upload([o.guidance_scale for o in options], torch.float32)  # (B,)
-        self._slots.begin(
+        slots.begin(
             trajectories,
             x_0=torch.zeros_like(z),
             seed=seed,
@@ -372,6 +381,7 @@ class Runner:
 class _Part(NamedTuple):
     """The results of one network call for the rows of one model."""
 
+    of: Slots
     slots: Tensor  # (B,)
     x_t: Tensor  # (B, C, H, W): x_prev of the step
     x_0: Tensor  # (B, C, H, W)

@@ -25,7 +25,6 @@ from app import errors
 from app.api.service import Service
 from app.engine.engine import RESTART_SECONDS
 from app.engine.interface import ModelInfo, RunnerError
-from app.engine.job import DEFAULT_MODEL
 from app.engine.watchdog import Watchdog
 from app.server.connection import connection_class
 from app.settings import Settings
@@ -113,7 +112,7 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     watchdog = Watchdog(engine, settings.give_up_seconds)
     if ready.done() and not ready.exception():
         _exempt_from_collection()
-        _announce(engine.models[DEFAULT_MODEL], url, len(settings.api_keys))
+        _announce(next(iter(engine.models.values())), url, len(settings.api_keys))
         watchdog.start()
         await asyncio.wait((serving, stop, watchdog.lost), return_when=asyncio.FIRST_COMPLETED)
     if serving.done():

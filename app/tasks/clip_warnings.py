@@ -12,8 +12,8 @@ from model.prompts import LEAST_SHARE
 MAX_NAMED = 5  # the largest number of words, and of positions, in a warning
 
 
-def prompt_warning(unknown_words: Sequence[str], digit: int, similarities: tuple[float, float] | None) -> str | None:
-    """Returns the warning for the prompt of CLIP guidance for this digit, or None.
+def prompt_warning(unknown_words: Sequence[str], digit: str, similarities: tuple[float, float] | None) -> str | None:
+    """Returns the warning for the prompt of CLIP guidance for this class, or None.
 
     `similarities` is the result of ClipWorker.compare_with_real_digits, or None if the similarity is not known.
     """

@@ -11,10 +11,10 @@ from pydantic import Field
 from app.engine.interface import ModelInfo
 from app.engine.job import Input, Options, Search
 from app.errors import FieldError
-from app.tasks.fields import NOT_NULL, Number, NumSteps, OptionalDigit, SamplerName, may_be_absent
-from app.tasks.from_image import FittingFields, job_of, kept, starting_at, task_of, unchanged
-from app.tasks.pictures import decode
-from app.tasks.preparation import Image, noise_std_of, prepare, restored
+from app.tasks.fields import NOT_NULL, Number, NumSteps, SamplerName, may_be_absent
+from app.tasks.from_image import PictureFields, job_of, kept, starting_at, task_of, unchanged
+from app.tasks.labels import Label, LabelFields, label_field, label_of, missing_label
+from app.tasks.preparation import Image, decode_for, noise_std_of, prepare, restored
 from app.tasks.sampling import SamplingFields, options_of
 from app.tasks.task import Task
 from model.noisy_image import (
@@ -30,18 +30,17 @@ from model.recognition import RECOGNITION_SEED
 from model.spec import Sampler
 
 if TYPE_CHECKING:
-    from model.digit_image import DigitImage
+    from model.prepared_image import PreparedImage
 
 DECIMALS = 4  # of a probability in an answer
 
 
-class DenoiseFields(SamplingFields, FittingFields):
+class DenoiseFields(SamplingFields, LabelFields, PictureFields):
     """The fields of a request to remove noise from a picture."""
 
-    digit: OptionalDigit = Field(
-        default=None,
-        description="The digit in the picture. If absent, mode sample recognises it, and mode mean assumes no digit.",
-        json_schema_extra=may_be_absent,
+    label: Label = label_field(
+        "The class of the picture: its name, or its number from 0. If absent, mode sample recognises it, and mode mean "
+        "assumes no class."
     )
     noise_std: Annotated[Annotated[Number, Field(ge=0, le=1000)] | None, NOT_NULL] = Field(
         default=None,
@@ -67,14 +66,16 @@ class DenoiseFields(SamplingFields, FittingFields):
     )
 
 
-def read_noisy(fields: DenoiseFields, data: bytes) -> tuple["DigitImage", float]:
+def read_noisy(checked: tuple[DenoiseFields, ModelInfo], data: bytes) -> tuple["PreparedImage", float]:
     """Converts a noisy picture to an image. Returns the image and the noise_std in grey levels. Raises PictureError."""
-    image = prepare(decode(data), "resize" if fields.fit == "auto" else fields.fit, fields.invert)
-    noise_std = noise_std_of(image) if fields.noise_std is None else fields.noise_std
+    fields, info = checked
+    fit = "resize" if fields.fit == "auto" else fields.fit
+    image = prepare(info, decode_for(info, data), fit, fields.invert)
+    noise_std = noise_std_of(info, image) if fields.noise_std is None else fields.noise_std
     return image, round(noise_std, 3)  # the answer has the same value, so that a client can repeat the request
 
 
-def denoise(info: ModelInfo, fields: DenoiseFields, image: "DigitImage", noise_std: float) -> Task:
+def denoise(info: ModelInfo, fields: DenoiseFields, image: "PreparedImage", noise_std: float) -> Task:
     """Returns the task that removes noise of the standard deviation `noise_std`, in grey levels.
 
     Raises FieldError for a value that the mode or the model does not support.
@@ -82,15 +83,16 @@ def denoise(info: ModelInfo, fields: DenoiseFields, image: "DigitImage", noise_s
     for field, value in (("num_steps", fields.num_steps), ("guidance_scale", fields.guidance_scale)):
         if fields.mode == "mean" and value not in (None, 1):
             raise FieldError(field, "Input should be 1 for mode 'mean'")
-    if fields.digit is None and not info.guidable:  # The network was trained without a null label.
-        raise FieldError("digit", f"Field required for model '{info.name}'")
+    label = label_of(info, fields)
+    if label is None and not info.guidable:  # The network was trained without a null label.
+        raise missing_label(info, f"Field required for model '{info.name}'")
     steps = fields.num_steps or min(DENOISING_STEPS, info.max_steps)
     defaults = {"num_steps": steps, "sampler": fields.sampler or _either(DENOISING_SAMPLER, info.samplers)}
-    options = options_of(fields.model_copy(update=defaults), fields.digit, info)
+    options = options_of(fields.model_copy(update=defaults), label, info)
     t = matching_timestep(info.schedule, noise_std)
     requested = 1 if fields.mode == "mean" else options.num_steps
     facts = {"noise_std": noise_std, "mode": fields.mode}
-    task = partial(task_of, "denoise", fields, image, num_steps=requested, facts=facts)
+    task = partial(task_of, "denoise", info, fields, image, num_steps=requested, facts=facts)
     if not t:
         job = job_of(info, fields, unchanged(options), kept(image))
         return replace(task(job), result_facts=partial(_probabilities, None))
@@ -100,7 +102,7 @@ def denoise(info: ModelInfo, fields: DenoiseFields, image: "DigitImage", noise_s
         options = starting_at(info, options, t)
     noisy = restored(image, noise_std)
     signal, _ = info.schedule.signal_and_noise(options.path[0])
-    is_searched = fields.digit is None and fields.mode == "sample" and can_compare(info.schedule, t)
+    is_searched = label is None and fields.mode == "sample" and can_compare(info.schedule, t)
     comparison = NoisyComparison(info.num_classes, noise_std) if is_searched else None
     search = _search_in_noise(info, noisy, t, comparison) if comparison else None
     job = job_of(info, fields, options, Input(noisy, signal, 0.0), search)

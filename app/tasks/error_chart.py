@@ -1,7 +1,7 @@
 """Draws the chart of a recognition: the distance of each class at each timestep, relative to the recognised class."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
@@ -10,13 +10,17 @@ from model.png import encode_png
 from model.recognition import SMALLEST_ERROR, Recognition
 
 WIDTH, HEIGHT = 640, 400
-LEFT, RIGHT, TOP, BOTTOM = 60, 50, 44, 50  # margins in pixels
+LEFT, TOP, BOTTOM = 60, 44, 50  # margins in pixels
+LEAST_RIGHT, NAME_MARGIN = 50, 24  # the right margin is wide enough for the names
 FONT_SIZE = 13
 COLOURS = ("#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#c9a227", "#b07aa1", "#ff7f8e", "#9c755f", "#79706e")
 BACKGROUND, TEXT, GRID = "white", "#222222", "#dddddd"
 NUM_TICKS = 4
 LARGEST = 1.0  # the largest excess on the chart; points above it are drawn at its upper edge
 LABEL_DISTANCE = 14  # smallest vertical distance of two labels in pixels
+
+MOST_CURVES = 12  # the most probable classes are drawn
+MOST_CHARACTERS = 16  # of a name
 
 Curves = dict[int, list[tuple[int, float]]]
 
@@ -37,39 +41,47 @@ def excess_by_class(recognition: Recognition) -> Curves:
 
 @dataclass(frozen=True, slots=True)
 class _Axes:
-    """The ranges of both axes."""
+    """The ranges of both axes, and the right end of the chart in pixels."""
 
     t: tuple[int, int]
     excess: tuple[float, float]
+    right: float
 
     @classmethod
-    def of(cls, curves: Curves) -> "_Axes":
+    def of(cls, curves: Curves, right: float) -> "_Axes":
         timesteps = [t for points in curves.values() for t, _ in points]
         excesses = [min(excess, LARGEST) for points in curves.values() for _, excess in points]
         low, high = min(timesteps), max(timesteps)
-        return cls((low, max(high, low + 1)), (min(0.0, *excesses), max(0.01, *excesses)))
+        return cls((low, max(high, low + 1)), (min(0.0, *excesses), max(0.01, *excesses)), right)
 
     def place(self, t: float, excess: float) -> tuple[float, float]:
         """Returns the pixel of a point."""
         x, y = (
             (value - low) / (high - low) for value, (low, high) in ((t, self.t), (min(excess, LARGEST), self.excess))
         )
-        return LEFT + x * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - y * (HEIGHT - TOP - BOTTOM)
+        return LEFT + x * (self.right - LEFT), HEIGHT - BOTTOM - y * (HEIGHT - TOP - BOTTOM)
 
 
-def encode_error_chart(recognition: Recognition, text: Mapping[str, str]) -> bytes:
+def encode_error_chart(recognition: Recognition, class_names: Sequence[str], text: Mapping[str, str]) -> bytes:
     """Returns the chart as a PNG file with these text chunks."""
+    probabilities, font = recognition.probabilities, ImageFont.load_default(FONT_SIZE)
     curves = excess_by_class(recognition)
-    axes, image = _Axes.of(curves), Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT_SIZE)
-    probability = max(recognition.probabilities)
-    title = f"Recognised as {recognition.label} ({probability:.1%}). Distance of each class, relative to this class"
+    chosen = sorted(curves, key=lambda label: (label != recognition.label, -probabilities[label]))[:MOST_CURVES]
+    curves, names = {label: curves[label] for label in sorted(chosen)}, [_shortened(name) for name in class_names]
+    widest = max(font.getlength(names[label]) for label in curves)
+    right = WIDTH - max(LEAST_RIGHT, math.ceil(widest) + NAME_MARGIN)
+    axes, image = _Axes.of(curves, right), Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    probability = max(probabilities)
+    title = (
+        f"Recognised as {names[recognition.label]} ({probability:.1%}). Distance of each class, relative to this class"
+    )
     draw.text((LEFT, 14), title, TEXT, font)
-    draw.text((LEFT + (WIDTH - LEFT - RIGHT) / 2, HEIGHT - 14), "timestep t", TEXT, font, anchor="mm")
+    draw.text((LEFT + (right - LEFT) / 2, HEIGHT - 14), "timestep t", TEXT, font, anchor="mm")
     for i in range(NUM_TICKS + 1):
         t, excess = (low + (high - low) * i / NUM_TICKS for low, high in (axes.t, axes.excess))
         (x, _), (_, y) = axes.place(t, 0.0), axes.place(axes.t[0], excess)
-        draw.line((LEFT, y, WIDTH - RIGHT, y), GRID)
+        draw.line((LEFT, y, right, y), GRID)
         draw.text((LEFT - 8, y), f"{excess:+.0%}", TEXT, font, anchor="rm")
         draw.text((x, HEIGHT - BOTTOM + 14), f"{t:.0f}", TEXT, font, anchor="mm")
     for label, points in curves.items():
@@ -83,5 +95,9 @@ def encode_error_chart(recognition: Recognition, text: Mapping[str, str]) -> byt
         ((axes.place(*points[-1]), label) for label, points in curves.items()), reverse=True, key=lambda end: end[0][1]
     ):
         lowest = min(y, lowest - LABEL_DISTANCE)
-        draw.text((x + 10, lowest), str(label), COLOURS[label % len(COLOURS)], font, anchor="lm")
+        draw.text((x + 10, lowest), names[label], COLOURS[label % len(COLOURS)], font, anchor="lm")
     return encode_png(image, text=text)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= MOST_CHARACTERS else f"{name[:MOST_CHARACTERS]}..."

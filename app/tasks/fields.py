@@ -30,7 +30,8 @@ def _refuse_null(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 def may_be_absent(schema: dict[str, Any]) -> None:
     """Edits the JSON schema of a field that can be omitted, but not be null."""
     schema.pop("default")
-    schema.update(schema.pop("anyOf")[0])
+    kinds = [kind for kind in schema.pop("anyOf") if kind != {"type": "null"}]
+    schema.update(kinds[0] if len(kinds) == 1 else {"anyOf": kinds})
 
 
 WHOLE = BeforeValidator(_whole)  # Use WHOLE after the bounds. Otherwise the JSON schema lacks them.
@@ -40,7 +41,6 @@ Seconds = Annotated[Annotated[Number, Field(gt=0)] | None, NOT_NULL]
 SamplerName = Annotated[Sampler | None, NOT_NULL]
 GuidanceScale = Annotated[Annotated[Number, Field(ge=1, le=MAX_GUIDANCE_SCALE)] | None, NOT_NULL]
 NumSteps = Annotated[Annotated[int, Field(ge=1, le=100), WHOLE] | None, NOT_NULL]
-OptionalDigit = Annotated[Annotated[int, Field(ge=0, le=9), WHOLE] | None, NOT_NULL]
 AppliedFit = Literal["resize", "digit"]  # how a picture became an image
 
 

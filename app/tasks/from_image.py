@@ -11,52 +11,61 @@ from pydantic import BaseModel, Field
 from app.engine.interface import ModelInfo
 from app.engine.job import Input, JobRequest, Options, Search
 from app.errors import FieldError
-from app.tasks.pictures import decode
-from app.tasks.preparation import Image, Mask, prepare
-from app.tasks.sampling import SamplingFields
+from app.tasks.preparation import Image, Mask, decode_for, prepare
+from app.tasks.sampling import ModelFields, SamplingFields
 from app.tasks.task import Task
 from model.paths import timesteps_from
 from model.spec import Fit, Invert, ModelSpec, Sampler
 
 if TYPE_CHECKING:
-    from model.digit_image import DigitImage
+    from model.prepared_image import PreparedImage
 
 
 class FittingFields(BaseModel):
-    """The fields that control how pictures become images of 28x28 pixels."""
+    """The fields that control how pictures become images of the model."""
 
     fit: Fit = Field(
         default="auto",
-        description="How the picture becomes 28x28 pixels. resize: the whole picture. digit: the drawing alone, as in "
-        "MNIST (longest side 20 pixels, centred by mass). auto: unchanged if the picture has 28x28 pixels, otherwise "
-        "digit for /recognize, /edit and /score, and resize for /denoise and /inpaint. With auto and resize, a 28x28 "
-        "image that was enlarged by an integer factor is first reduced to its original pixels.",
+        description="How the picture becomes an image of a model of handwriting, such as the shipped one. "
+        "resize: the whole picture. digit: the drawing alone, as in MNIST (longest side 20 pixels, centred by mass). "
+        "auto: unchanged if the picture has 28x28 pixels, otherwise digit for /recognize, /edit and /score, and resize "
+        "for /denoise and /inpaint. With auto and resize, an image that was enlarged by an integer factor is first "
+        "reduced to its original pixels. For every other model, the image is the central square of the picture.",
     )
     invert: Invert = Field(
         default="auto",
         description="true: the picture has dark strokes on a light background. false: light strokes on a dark "
-        "background. auto: decided from the picture.",
+        "background. auto: decided from the picture for a model of handwriting, otherwise false.",
     )
 
 
-def read_drawing(fields: FittingFields, data: bytes) -> "DigitImage":
-    """Converts the picture of a drawing to an image. Raises PictureError."""
-    return prepare(decode(data), fields.fit, fields.invert)
+class PictureFields(ModelFields, FittingFields):
+    """The fields of every request that prepares a picture for a model."""
 
 
-def check_model(info: ModelInfo) -> ModelInfo:
-    """Returns the model. Raises FieldError if it supports only generation."""
-    if info.steps:  # The model was trained for the noise levels of a few steps only.
+def read_drawing(checked: tuple[FittingFields, ModelInfo], data: bytes) -> "PreparedImage":
+    """Converts the picture of a drawing to an image, given the fields of its request and its model.
+
+    Raises PictureError.
+    """
+    fields, info = checked
+    return prepare(info, decode_for(info, data), fields.fit, fields.invert)
+
+
+def check_model(info: ModelInfo, fields: FittingFields) -> None:
+    """Raises FieldError if the model supports only generation, or not this way to prepare a picture."""
+    if not has_picture_tasks(info):
         raise FieldError("model", f"The model '{info.name}' supports only /generate")
-    if info.image_shape != (1, 28, 28):
-        size = "x".join(map(str, info.image_shape[1:]))
-        raise FieldError("model", f"Only models for grey images of 28x28 pixels are supported, not {size}")
-    return info
+    if fields.fit == "digit" and not info.normalises_drawings:
+        raise FieldError("fit", f"Input should be 'auto' or 'resize' for model '{info.name}'")
 
 
 def has_picture_tasks(spec: ModelSpec) -> bool:
-    """Returns True if the model supports the tasks with a picture."""
-    return not spec.steps and spec.image_shape == (1, 28, 28)
+    """Returns True if the model supports the tasks with a picture.
+
+    A model that permits only some numbers of steps was trained for their noise levels only.
+    """
+    return not spec.steps
 
 
 def starting_at(info: ModelInfo, options: Options, t: int) -> Options:
@@ -76,7 +85,7 @@ def unchanged(options: Options) -> Options:
     return replace(options, num_steps=1, path=(1, 0), guidance_scale=1.0)
 
 
-def kept(image: "DigitImage") -> Input:
+def kept(image: "PreparedImage") -> Input:
     """Returns the input of rows whose pixels are all known."""
     pixels = image.x.numpy()
     return Input(pixels, 1.0, 0.0, np.ones_like(pixels, dtype=np.bool_))
@@ -98,8 +107,9 @@ def job_of(
 
 def task_of(
     name: str,
+    info: ModelInfo,
     fields: SamplingFields,
-    image: "DigitImage",
+    image: "PreparedImage",
     job: JobRequest,
     *,
     num_steps: int,
@@ -108,6 +118,7 @@ def task_of(
 ) -> Task:
     """Returns the task that generates images from an image. `num_steps` is that of the request."""
     return Task(
+        info,
         job,
         num_steps=num_steps,
         scale=fields.scale,
@@ -116,12 +127,12 @@ def task_of(
     )
 
 
-def fitting_facts(image: "DigitImage") -> dict[str, Any]:
+def fitting_facts(image: "PreparedImage") -> dict[str, Any]:
     """Returns the facts about the preparation of a picture."""
     return {"fit": image.fit, "invert": image.inverted}
 
 
-def chunks_of(name: str, image: "DigitImage", facts: Mapping[str, Any]) -> dict[str, str]:
+def chunks_of(name: str, image: "PreparedImage", facts: Mapping[str, Any]) -> dict[str, str]:
     """Returns the text chunks of a task with a picture."""
     digest = hashlib.sha256(image.pixels.numpy().tobytes()).hexdigest()
     named = {name.replace("_", "-").title(): str(value) for name, value in facts.items()}

@@ -9,7 +9,8 @@ from pydantic import Field
 from app.engine.interface import ClipInfo, Embeddings, ModelInfo
 from app.engine.job import ClipTarget, ImageKey, JobRequest, Options
 from app.errors import FieldError
-from app.tasks.fields import NOT_NULL, WHOLE, Number, Prompt, may_be_absent
+from app.tasks.fields import NOT_NULL, Number, Prompt, may_be_absent
+from app.tasks.labels import LabelFields, required_label_of
 from app.tasks.sampling import SamplingFields, options_of
 from app.tasks.task import Task
 from model.spec import MAX_CLIP_GUIDANCE_SCALE
@@ -18,10 +19,9 @@ from model.spec import MAX_CLIP_GUIDANCE_SCALE
 NO_CLIP: Mapping[str, Any] = {"clip_guidance_scale": 0.0, "clip_prompt": None, "clip": None, "warning": None}
 
 
-class GenerateFields(SamplingFields):
+class GenerateFields(SamplingFields, LabelFields):
     """The fields of a request for images of a class."""
 
-    digit: Annotated[int, Field(ge=0, le=9, description="The digit to generate."), WHOLE]
     clip_guidance_scale: Annotated[Number, Field(ge=0, le=MAX_CLIP_GUIDANCE_SCALE)] = Field(
         default=0,
         description="Scale of CLIP guidance: the distance by which a step moves the predicted image towards the "
@@ -29,8 +29,8 @@ class GenerateFields(SamplingFields):
     )
     clip_prompt: Annotated[Prompt | None, NOT_NULL] = Field(
         default=None,
-        description='The prompt of CLIP guidance. The default for the digit 7 is "a handwritten digit seven". A prompt '
-        "is permitted only with a clip_guidance_scale above 0.",
+        description='The prompt of CLIP guidance. The default for the digit 7 is "a handwritten digit seven", and for '
+        'another class "a photo of a" and its name. A prompt is permitted only with a clip_guidance_scale above 0.',
         json_schema_extra=may_be_absent,
     )
 
@@ -41,7 +41,8 @@ def generate(info: ModelInfo, fields: GenerateFields, images: Sequence[ImageKey]
     `images` are those of JobRequest. Raises FieldError for a value that the model does not support, and for a prompt of
     CLIP guidance without a scale.
     """
-    return _task_of(info, fields, _with_clip_options(options_of(fields, fields.digit, info), fields, info), images)
+    label = required_label_of(info, fields)
+    return _task_of(info, fields, _with_clip_options(options_of(fields, label, info), label, fields, info), images)
 
 
 def generate_each(info: ModelInfo, fields: SamplingFields, images: Sequence[ImageKey]) -> Task:
@@ -60,19 +61,17 @@ def _task_of(info: ModelInfo, fields: SamplingFields, options: Options, images: 
         guided_steps=info.guided_steps_of(options),
         images=tuple(images),
     )
-    return Task(job, num_steps=options.num_steps, scale=fields.scale, facts=NO_CLIP)
+    return Task(info, job, num_steps=options.num_steps, scale=fields.scale, facts=NO_CLIP)
 
 
-def with_clip(
-    task: Task, info: ModelInfo, clip: ClipInfo, text: Embeddings, evaluations: int, warning: str | None
-) -> Task:
+def with_clip(task: Task, clip: ClipInfo, text: Embeddings, evaluations: int, warning: str | None) -> Task:
     """Returns the task with its CLIP guidance.
 
     `text` is the embedding (E,) of its prompt. `evaluations` and `text` are those of ClipTarget. `warning` is a fact of
     the answer (see clip_warnings.py).
     """
     options = task.options
-    target = ClipTarget(options.clip_guidance_scale, text, info.clip_steps(options), evaluations)
+    target = ClipTarget(options.clip_guidance_scale, text, task.info.clip_steps(options), evaluations)
     facts = {
         "clip_guidance_scale": options.clip_guidance_scale,
         "clip_prompt": options.clip_prompt,
@@ -82,11 +81,11 @@ def with_clip(
     return replace(task, job=replace(task.job, clip=target), facts={**task.facts, **facts}, clip_sha256=clip.sha256)
 
 
-def _with_clip_options(options: Options, fields: GenerateFields, info: ModelInfo) -> Options:
+def _with_clip_options(options: Options, label: int, fields: GenerateFields, info: ModelInfo) -> Options:
     """Returns the options with those of CLIP guidance. Raises FieldError for a prompt without a scale."""
     if not fields.clip_guidance_scale:
         if fields.clip_prompt is not None:
             raise FieldError("clip_prompt", "A prompt needs a clip_guidance_scale above 0")
         return options
-    prompt = info.prompts[fields.digit] if fields.clip_prompt is None else fields.clip_prompt
+    prompt = info.prompts[label] if fields.clip_prompt is None else fields.clip_prompt
     return replace(options, clip_guidance_scale=fields.clip_guidance_scale, clip_prompt=prompt)

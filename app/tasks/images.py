@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import zipfile
 from collections.abc import Mapping
 
@@ -50,11 +51,20 @@ def arrange(images: list[Pixels]) -> Pixels:
     return sheet
 
 
+def file_name_of(provenance: Provenance) -> str:
+    """Returns the start of the name of the file of an image: its class, such as `digit-7` or `truck`.
+
+    Characters of the class that some file systems do not permit become hyphens.
+    """
+    name = re.sub(r"[^0-9A-Za-z._]+", "-", "-".join(provenance.labels)).strip("-.")
+    return f"digit-{name}" if provenance.has_digits else name or "class"
+
+
 def encode_zip(images: list[Pixels], provenance: Provenance, scale: int) -> bytes:
     """Returns a ZIP archive with one PNG per image. The PNG files are stored, since they are already compressed."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for i, png in enumerate(encode_images(images, provenance, scale)):
-            name = f"{provenance.task.get('Task', f'digit-{provenance.digit}')}-seed-{provenance.seed}-{i}.png"
+            name = f"{provenance.task.get('Task', file_name_of(provenance))}-seed-{provenance.seed}-{i}.png"
             archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), png)
     return buffer.getvalue()

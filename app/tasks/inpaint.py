@@ -11,10 +11,11 @@ from pydantic import Field, field_validator
 from app.engine.interface import ModelInfo
 from app.engine.job import Input, Options, Pixels, Search
 from app.errors import FieldError
-from app.tasks.fields import GuidanceScale, NumSteps, OptionalDigit, may_be_absent
-from app.tasks.from_image import FittingFields, job_of, task_of
-from app.tasks.pictures import decode, decode_mask, decode_transparency
-from app.tasks.preparation import Mask, enlargement_of, prepare, resize_mask
+from app.tasks.fields import GuidanceScale, NumSteps, may_be_absent
+from app.tasks.from_image import PictureFields, job_of, task_of
+from app.tasks.labels import Label, LabelFields, label_field, label_of
+from app.tasks.pictures import decode_mask, decode_transparency
+from app.tasks.preparation import Mask, decode_for, enlargement_of, prepare, resize_mask
 from app.tasks.sampling import SamplingFields, options_of
 from app.tasks.task import Task
 from model.inpainting import INPAINTING_SCALE, NUM_LEVELS, ClassDistances, inpainting_path, recognition_path
@@ -22,24 +23,23 @@ from model.paths import num_steps_of
 from model.spec import Fit
 
 if TYPE_CHECKING:
-    from model.digit_image import DigitImage
+    from model.prepared_image import PreparedImage
 
 MASK_LEVEL = 127  # a pixel of a mask is white if its grey level is above this value
 
 
-class InpaintFields(SamplingFields, FittingFields):
+class InpaintFields(SamplingFields, LabelFields, PictureFields):
     """The fields of a request to fill in a part of a picture."""
 
     fit: Fit = Field(
         default="auto",
-        description="How both pictures become 28x28 pixels. auto and resize: the whole picture. digit is not "
-        "supported, because the mask must fit the image.",
+        description="How both pictures become images of the model. auto and resize: the whole picture, or its central "
+        "square for a model that is not of handwriting. digit is not supported, because the mask must fit the image.",
         json_schema_extra={"enum": ["auto", "resize"]},
     )
-    digit: OptionalDigit = Field(
-        default=None,
-        description="The digit to generate. If absent, the digit that fits the pixels outside of the mask best.",
-        json_schema_extra=may_be_absent,
+    label: Label = label_field(
+        "The class to generate: its name, or its number from 0. If absent, the class that fits the pixels outside of "
+        "the mask best."
     )
     num_steps: NumSteps = Field(
         default=None,
@@ -77,24 +77,27 @@ class MaskedPicture:
         # The mask in its original size, with 8 pixels in a byte. It is in memory while the image is decoded.
         self._packed, self._shape = np.zeros(0, np.uint8), (0, 0)
 
-    def read_mask(self, fields: InpaintFields, data: bytes) -> None:
+    def read_mask(self, checked: tuple[InpaintFields, ModelInfo], data: bytes) -> None:
         """Reads the mask. Raises PictureError, or FieldError for a mask without pixels to fill in or to keep."""
-        self._set_mask(self._decode(data) > MASK_LEVEL)
+        _, info = checked
+        self._set_mask(info, self._decode(data) > MASK_LEVEL)
 
-    def read_image(self, fields: InpaintFields, data: bytes) -> "DigitImage":
+    def read_image(self, checked: tuple[InpaintFields, ModelInfo], data: bytes) -> "PreparedImage":
         """Reads the image. Raises PictureError, or FieldError if the mask has another size."""
-        grey = decode(data)
-        if grey.shape != self._shape:
-            (height, width), (own_height, own_width) = grey.shape, self._shape
+        fields, info = checked
+        picture = decode_for(info, data)
+        height, width = picture.shape[:2]
+        if (height, width) != self._shape:
+            own_height, own_width = self._shape
             sizes = f"{width}x{height} pixels, but has {own_width}x{own_height}"
             raise FieldError("mask", f"The mask must have the size of the image, {sizes}")
-        mask = np.unpackbits(self._packed, count=grey.size).reshape(self._shape).view(np.bool_)
-        if (factor := enlargement_of(grey)) > 1:  # Each pixel of the image is a block of equal pixels.
-            grey, mask = grey[::factor, ::factor], _any_in_blocks(mask, factor)
+        mask = np.unpackbits(self._packed, count=height * width).reshape(self._shape).view(np.bool_)
+        if (factor := enlargement_of(info, picture)) > 1:  # Each pixel of the image is a block of equal pixels.
+            picture, mask = picture[::factor, ::factor], _any_in_blocks(mask, factor)
             self.redrawn = mask[None]
-        return prepare(_without(mask, grey), "resize", fields.invert)
+        return prepare(info, _without(mask, picture), "resize", fields.invert)
 
-    def _set_mask(self, mask: npt.NDArray[np.bool_]) -> None:
+    def _set_mask(self, info: ModelInfo, mask: npt.NDArray[np.bool_]) -> None:
         marked = self._marked
         if not mask.any():
             reason = f"The mask has no {marked} pixels. {marked.title()} pixels mark the part to fill in"
@@ -102,16 +105,18 @@ class MaskedPicture:
         if mask.all():
             reason = f"The mask is {marked} everywhere. Use {self._complete} for a complete image"
             raise FieldError("mask", reason)
-        self.redrawn = resize_mask(mask)
+        self.redrawn = resize_mask(info, mask)
+        size = "x".join(map(str, info.image_shape[1:]))
         if self.redrawn.all():
-            reason = (
-                f"The {marked} pixels of the mask cover every pixel of the image of 28x28 pixels. Mark a smaller part"
-            )
-            raise FieldError("mask", reason)
+            reason = f"The {marked} pixels of the mask cover every pixel of the image of {size} pixels"
+            raise FieldError("mask", f"{reason}. Mark a smaller part")
+        if not self.redrawn.any():
+            reason = f"The {marked} pixels of the mask are outside of the central square of the picture"
+            raise FieldError("mask", f"{reason}, which becomes the image of {size} pixels")
         self._packed, self._shape = np.packbits(mask), (mask.shape[0], mask.shape[1])
 
 
-def inpaint(info: ModelInfo, fields: InpaintFields, image: "DigitImage", redrawn: Mask) -> Task:
+def inpaint(info: ModelInfo, fields: InpaintFields, image: "PreparedImage", redrawn: Mask) -> Task:
     """Returns the task that fills in the pixels `redrawn` and keeps the others.
 
     Raises FieldError for a value that the model does not support.
@@ -119,14 +124,16 @@ def inpaint(info: ModelInfo, fields: InpaintFields, image: "DigitImage", redrawn
     steps = fields.num_steps or min(NUM_LEVELS, info.max_steps)
     scale = INPAINTING_SCALE if info.guidable else 1.0
     defaults = {"num_steps": steps, "guidance_scale": fields.guidance_scale or scale}
-    options = options_of(fields.model_copy(update=defaults), fields.digit, info)
+    label = label_of(info, fields)
+    options = options_of(fields.model_copy(update=defaults), label, info)
     path = tuple(inpainting_path(info.schedule, options.num_steps))
     following = replace(options, path=path, num_steps=num_steps_of(path))
-    start = Input(image.x.numpy(), 0.0, 1.0, is_known=~redrawn)
-    search = _search_by_known_pixels(info, options) if fields.digit is None else None
+    x = image.x.numpy()  # (C, H, W)
+    start = Input(x, 0.0, 1.0, is_known=np.broadcast_to(~redrawn, x.shape).copy())
+    search = _search_by_known_pixels(info, options) if label is None else None
     job = job_of(info, fields, following, start, search)
     chunks = {"Mask-SHA256": hashlib.sha256(np.packbits(redrawn).tobytes()).hexdigest()}
-    return task_of("inpaint", fields, image, job, num_steps=options.num_steps, facts={}, chunks=chunks)
+    return task_of("inpaint", info, fields, image, job, num_steps=options.num_steps, facts={}, chunks=chunks)
 
 
 def _search_by_known_pixels(info: ModelInfo, options: Options) -> Search:
@@ -143,8 +150,12 @@ def _any_in_blocks(mask: npt.NDArray[np.bool_], factor: int) -> npt.NDArray[np.b
     return np.logical_or.reduce(blocks, axis=(1, 3))
 
 
-def _without(mask: npt.NDArray[np.bool_], grey: Pixels) -> Pixels:
-    """Returns the picture (H, W) with the masked pixels replaced by the background: the median of the border."""
+def _without(mask: npt.NDArray[np.bool_], picture: Pixels) -> Pixels:
+    """Returns the picture with the masked pixels replaced by the background: the median of the border.
+
+    The picture is (H, W) or (H, W, 3).
+    """
     edges = (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1])
-    border = np.concatenate([grey[edge][~mask[edge]] for edge in edges])
-    return np.where(mask, np.median(border if border.size else grey[~mask]).astype(np.uint8), grey)
+    border = np.concatenate([picture[edge][~mask[edge]] for edge in edges])  # (N,) or (N, 3)
+    background = np.median(border if border.size else picture[~mask], axis=0).astype(np.uint8)
+    return np.where(mask if picture.ndim == 2 else mask[..., None], background, picture)

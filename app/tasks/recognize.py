@@ -8,16 +8,15 @@ from pydantic import Field
 from app.engine.interface import ModelInfo
 from app.engine.job import Input, JobRequest, Options, Search
 from app.tasks.fields import WHOLE
-from app.tasks.from_image import FittingFields, chunks_of, fitting_facts, with_noise
-from app.tasks.sampling import ModelFields
+from app.tasks.from_image import PictureFields, chunks_of, fitting_facts, with_noise
 from app.tasks.task import Task
 from model.recognition import DEFAULT_NUM_PAIRS, RECOGNITION_SEED, Recognition, ink_of, timesteps
 
 if TYPE_CHECKING:
-    from model.digit_image import DigitImage
+    from model.prepared_image import PreparedImage
 
 
-class RecognizeFields(ModelFields, FittingFields):
+class RecognizeFields(PictureFields):
     """The fields of a request to recognise a picture."""
 
     num_pairs: Annotated[
@@ -32,21 +31,21 @@ class RecognizeFields(ModelFields, FittingFields):
     ] = DEFAULT_NUM_PAIRS
 
 
-def recognize(info: ModelInfo, fields: RecognizeFields, image: "DigitImage") -> Task:
+def recognize(info: ModelInfo, fields: RecognizeFields, image: "PreparedImage") -> Task:
     """Returns the task that recognises an image. Its result is a Recognition."""
     options, start, recognition = _recognition(info, image, fields.num_pairs)
     job = JobRequest(options, 1, timeout=fields.timeout_seconds, input=start, comparison=recognition)
     facts = {"num_pairs": fields.num_pairs}
-    return Task(job, facts={**facts, **fitting_facts(image)}, chunks=chunks_of("recognize", image, facts))
+    return Task(info, job, facts={**facts, **fitting_facts(image)}, chunks=chunks_of("recognize", image, facts))
 
 
-def search_by_recognition(info: ModelInfo, image: "DigitImage") -> Search:
+def search_by_recognition(info: ModelInfo, image: "PreparedImage") -> Search:
     """Returns the search for the class of an image without noise, all of whose pixels are known."""
     options, start, recognition = _recognition(info, image, DEFAULT_NUM_PAIRS)
     return Search(options, recognition, start)
 
 
-def _recognition(info: ModelInfo, image: "DigitImage", num_pairs: int) -> tuple[Options, Input, Recognition]:
+def _recognition(info: ModelInfo, image: "PreparedImage", num_pairs: int) -> tuple[Options, Input, Recognition]:
     """Returns the options and the input of a row that recognises an image, and the comparison of its classes."""
     path = (*timesteps(num_pairs, info.schedule.num_steps), 0)
     options = Options(None, RECOGNITION_SEED, num_pairs, "forward", 1.0, info.name, path)

@@ -18,6 +18,7 @@ from app.errors import FieldError
 from app.tasks.fields import problems_of
 from app.tasks.generate import GenerateFields, generate
 from app.tasks.images import arrange
+from app.tasks.labels import required_label_of
 from app.tasks.picture_files import AS_WRITTEN, PictureError, PictureFile, damaged, inspect, read_text
 from app.tasks.task import Task
 from model.png import CHUNKS, MAX_SCALE, SOFTWARE, TASK, Provenance, ProvenanceError, sheet_shape
@@ -25,6 +26,7 @@ from model.png import CHUNKS, MAX_SCALE, SOFTWARE, TASK, Provenance, ProvenanceE
 _GREY, _RGB = 0, 2  # colour types of PNG
 _CHUNK_OF = {
     "digit": "Digit",
+    "label": "Label",
     "num_steps": "Steps",
     "sampler": "Sampler",
     "guidance_scale": "Guidance-Scale",
@@ -77,13 +79,13 @@ def read_original(
         provenance, indices = Provenance.parse(read_text(data, {*CHUNKS, TASK}))
     except ProvenanceError as error:
         raise PictureError(str(error)) from error
-    if isinstance(provenance.digit, str):
-        raise PictureError("The picture has several digits. Generate it again with python -m scripts.sample --like")
+    if len(provenance.labels) != 1:
+        raise PictureError("The picture has several classes. Generate it again with python -m scripts.sample --like")
     if len(indices) > max_count:
         raise PictureError(f"The picture has {len(indices)} images. At most {max_count} are permitted")
     info = _model_of(provenance, models)
     _check_clip(provenance, clip)
-    task = _task_of(provenance, provenance.digit, info, indices, timeout)
+    task = _task_of(provenance, info, indices, timeout)
     scale = _scale_of(file, info, len(indices))
     low, high = _without_enlargement(_pixels_of(file, info), scale)
     return Original(replace(task, scale=scale), provenance.software, low, high)
@@ -108,16 +110,17 @@ def _check_clip(provenance: Provenance, clip: ClipInfo | None) -> None:
         )
 
 
-def _task_of(provenance: Provenance, digit: int, info: ModelInfo, indices: range, timeout: float | None) -> Task:
+def _task_of(provenance: Provenance, info: ModelInfo, indices: range, timeout: float | None) -> Task:
     """Returns the task of a picture. Raises PictureError for values that generation or the model do not permit."""
-    seed, clip = provenance.seed, dict[str, Any]()
+    seed, clip, (name,) = provenance.seed, dict[str, Any](), provenance.labels
+    named: dict[str, Any] = {"digit": int(name)} if provenance.has_digits else {"label": name}
     if provenance.clip:
         clip["clip_guidance_scale"] = provenance.clip.scale
         if provenance.clip.prompt is not None:
             clip["clip_prompt"] = provenance.clip.prompt
     try:
         fields = GenerateFields(
-            digit=digit,
+            **named,
             count=len(indices),
             seed=seed,
             num_steps=provenance.num_steps,
@@ -125,7 +128,8 @@ def _task_of(provenance: Provenance, digit: int, info: ModelInfo, indices: range
             guidance_scale=provenance.guidance_scale,
             **clip,
         )
-        task = generate(info, fields, [ImageKey(digit, seed, i) for i in indices] if len(indices) == 1 else ())
+        label = required_label_of(info, fields)
+        task = generate(info, fields, [ImageKey(label, seed, i) for i in indices] if len(indices) == 1 else ())
     except ValidationError as error:
         _, (field, *_), message = problems_of(error)[0]
         raise _not_permitted(str(field), message) from error

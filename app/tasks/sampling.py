@@ -6,11 +6,13 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.engine.interface import ModelInfo
-from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Options
+from app.engine.job import FAST_MODEL, Options
 from app.errors import FieldError
-from app.tasks.fields import WHOLE, GuidanceScale, NumSteps, SamplerName, Seconds, may_be_absent
+from app.tasks.fields import NOT_NULL, WHOLE, GuidanceScale, NumSteps, SamplerName, Seconds, may_be_absent
 from app.tasks.names import either
 from model.png import MAX_SCALE, MAX_SEED
+
+LARGEST_SIDE = 512  # pixels of a side of an enlarged image; a contact sheet of 64 images has 8 times as many
 
 
 def new_seed() -> int:
@@ -35,11 +37,12 @@ class TimedFields(BaseModel):
 class ModelFields(TimedFields):
     """The fields of every request that names its model."""
 
-    model: str = Field(
-        default=DEFAULT_MODEL,
-        max_length=128,
-        description=f"The checkpoint to use: `{DEFAULT_MODEL}` or `{FAST_MODEL}`. The shipped `{FAST_MODEL}` supports "
-        "only /generate with num_steps 4, sampler ddim and guidance_scale 1, and answers other values with 422.",
+    model: Annotated[Annotated[str, Field(max_length=128)] | None, NOT_NULL] = Field(
+        default=None,
+        description="The model to use. GET /models lists all, and the first one is the default. The shipped "
+        f"`{FAST_MODEL}` supports only /generate with num_steps 4, sampler ddim and guidance_scale 1, and answers "
+        "other values with 422.",
+        json_schema_extra=may_be_absent,
     )
 
 
@@ -76,11 +79,18 @@ class SamplingFields(ModelFields):
     ] = 1
 
 
+def max_scale_of(side: int) -> int:
+    """Returns the largest `scale` of images with this number of pixels per side."""
+    return min(MAX_SCALE, max(1, LARGEST_SIDE // side))
+
+
 def options_of(fields: SamplingFields, label: int | None, info: ModelInfo) -> Options:
-    """Returns the options of a request, with the defaults of its model.
+    """Returns the options of a request for images of a class, with the defaults of its model.
 
     Raises FieldError for a value that the model does not support. The path of the options is empty.
     """
+    if fields.scale > (most := max_scale_of(max(info.image_shape[1:]))):
+        raise _unsupported("scale", f"less than or equal to {most}", info)
     sampler = fields.sampler or info.samplers[0]
     if sampler not in info.samplers:
         raise _unsupported("sampler", either(info.samplers), info)
@@ -92,8 +102,6 @@ def options_of(fields: SamplingFields, label: int | None, info: ModelInfo) -> Op
         guidance_scale=fields.guidance_scale or info.guidance_scale[sampler],
         model=info.name,
     )
-    if label is not None and label >= info.num_classes:
-        raise _unsupported("digit", f"less than or equal to {info.num_classes - 1}", info)
     if options.num_steps > info.max_steps:
         raise _unsupported("num_steps", f"less than or equal to {info.max_steps}", info)
     if info.steps and options.num_steps not in info.steps:

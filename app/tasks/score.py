@@ -5,17 +5,18 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from pydantic import Field
 
+from app.engine.interface import ModelInfo
 from app.engine.job import Pixels
 from app.tasks.fields import Prompt
 from app.tasks.from_image import FittingFields
 from app.tasks.picture_files import MAX_SIDE, PictureError
 from app.tasks.pictures import decode
-from app.tasks.preparation import prepare
+from app.tasks.preparation import decode_for, prepare
 from app.tasks.sampling import TimedFields
 from model.spec import EMBEDDED
 
 if TYPE_CHECKING:
-    from model.digit_image import DigitImage
+    from model.prepared_image import PreparedImage
 
 MAX_IMAGES, MAX_PROMPTS = 64, 16
 MAX_PIXELS = MAX_SIDE**2  # of all pictures of a request
@@ -43,15 +44,19 @@ class SeveralPictures:
     def __init__(self) -> None:
         self._num_pixels = 0
 
-    def read(self, fields: FittingFields, data: bytes) -> "DigitImage":
-        """Converts the next picture to an image. Raises PictureError, also if all of them together are too large."""
-        grey = decode(data)
-        self._num_pixels += grey.size
+    def read(self, checked: tuple[FittingFields, ModelInfo], data: bytes) -> "PreparedImage":
+        """Converts the next picture to an image, as for the model.
+
+        Raises PictureError, also if all of them together are too large.
+        """
+        fields, info = checked
+        picture = decode_for(info, data)
+        self._num_pixels += picture.shape[0] * picture.shape[1]
         if self._num_pixels > MAX_PIXELS:
             raise PictureError(
                 f"This picture and those before it together exceed {MAX_PIXELS} pixels. Send fewer or smaller pictures"
             )
-        return prepare(grey, fields.fit, fields.invert)
+        return prepare(info, picture, fields.fit, fields.invert)
 
 
 def read_real_digits() -> list[list[Pixels]]:

@@ -20,12 +20,12 @@ def grid(x_0: Tensor, columns: int) -> Tensor:
     return rearrange(to_pixels(x_0), "(r k) c h w -> (r h) (k w) c", k=columns)
 
 
-def arrange(x_0: Tensor, num_digits: int) -> Tensor:
+def arrange(x_0: Tensor, num_classes: int) -> Tensor:
     """Arranges images (N, C, H, W) in [-1, 1] as a sheet of `sheet_shape`. Returns uint8 (rows * H, columns * W, C).
 
     The images are sorted by digit, and each digit has the same number of images. Empty cells are black.
     """
-    rows, columns = sheet_shape(len(x_0) // num_digits, num_digits)
+    rows, columns = sheet_shape(len(x_0) // num_classes, num_classes)
     empty = torch.full((rows * columns - len(x_0), *x_0.shape[1:]), -1.0)
     return grid(torch.cat([x_0, empty]), columns)
 

@@ -28,17 +28,12 @@ class Original:
     path: Path
     pixels: Tensor  # (H, W, C) uint8
     provenance: Provenance
-    indices: range  # the noise indices of the images of each digit
-
-    @property
-    def digits(self) -> list[int]:
-        """The digits of the picture, in the order of its rows."""
-        return [int(digit) for digit in str(self.provenance.digit).split(",")]
+    indices: range  # the noise indices of the images of each class
 
     def scale_of(self, image_shape: tuple[int, int, int]) -> int:
         """Returns the enlargement factor. Raises ScriptError if the picture does not have the size of its images."""
         channels, height, width = image_shape
-        rows, columns = sheet_shape(len(self.indices), len(self.digits))
+        rows, columns = sheet_shape(len(self.indices), len(self.provenance.labels))
         scale = self.pixels.shape[1] // (columns * width)
         if not 1 <= scale <= MAX_SCALE or self.pixels.shape != (
             rows * height * scale,
@@ -126,7 +121,7 @@ def draw_again(original: Original, request: DrawingRequest, reporter: Reporter, 
 
     The options of `request` that the provenance has are replaced. Raises ScriptError, CheckpointError or OSError.
     """
-    provenance, digits = original.provenance, original.digits
+    provenance = original.provenance
     request = replace(
         request,
         sampler=next(sampler for sampler in SAMPLERS if sampler == provenance.sampler),
@@ -138,8 +133,9 @@ def draw_again(original: Original, request: DrawingRequest, reporter: Reporter, 
     if request.clip_model and not provenance.clip:
         raise ScriptError(f"--clip-model has no effect: {original.path} has no CLIP guidance. Remove the option")
     drawer = open_drawer(request)
-    if max(digits) >= len(drawer.class_names):
-        raise ScriptError(f"{original.path}: its checkpoint has only {len(drawer.class_names)} digits")
+    if unknown := [name for name in provenance.labels if name not in drawer.class_names]:
+        raise ScriptError(f"{original.path}: its checkpoint has no class {unknown[0]!a}")
+    labels = [drawer.class_names.index(name) for name in provenance.labels]
     options, scale = options_from(request, drawer.checkpoint), original.scale_of(drawer.checkpoint.image_shape)
     if options.clip and provenance.clip and options.clip.sha256 != provenance.clip.sha256:
         raise ScriptError(
@@ -147,10 +143,10 @@ def draw_again(original: Original, request: DrawingRequest, reporter: Reporter, 
             f"the digest {options.clip.sha256}. Give the CLIP model of the picture with --clip-model"
         )
     drawer.compile(request.compile, reporter)
-    y = torch.tensor(digits).repeat_interleave(len(original.indices))  # (N,)
-    index = torch.tensor(original.indices).repeat(len(digits))  # (N,)
+    y = torch.tensor(labels).repeat_interleave(len(original.indices))  # (N,)
+    index = torch.tensor(original.indices).repeat(len(labels))  # (N,)
     x_0 = drawer.draw(y, index, options, reporter, seed=provenance.seed, batch_size=request.batch_size)
-    small = arrange(x_0, len(digits))  # (H, W, C)
+    small = arrange(x_0, len(labels))  # (H, W, C)
     if out:
         text = replace(provenance, software=SOFTWARE).text(_index_of(original.indices))
         write_atomically(out, encode_pixels(small.numpy(), scale=scale, text=text))

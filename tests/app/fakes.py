@@ -43,6 +43,7 @@ INFO = ModelInfo(
     version="0",
     compiled=False,
     class_names=tuple("0123456789"),
+    normalises_drawings=True,
     steps=(),
     samplers=("ddpm", "ddim", "dpmpp"),
     guidance=dict.fromkeys(SAMPLERS, Guidance(1.0, 51, 100)),

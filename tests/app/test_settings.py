@@ -65,7 +65,7 @@ def test_empty_variable_means_the_default(variable: str, monkeypatch: pytest.Mon
 
 
 def test_defaults_table_contains_every_setting() -> None:
-    assert {field for field, _ in DEFAULTS.values()} | {"cache_dir"} == set(Settings.model_fields)
+    assert {field for field, _ in DEFAULTS.values()} | {"cache_dir", "models"} == set(Settings.model_fields)
 
 
 @pytest.mark.parametrize("field", Settings.model_fields)
@@ -161,10 +161,39 @@ def test_valid_value_is_read_from_a_variable_and_from_a_flag(
 def test_auto_serves_the_shipped_fast_checkpoint_only_with_the_shipped_one(
     checkpoint: Path, fast: Path | Literal["auto", "none"], served: Path | None
 ) -> None:
-    assert Settings(checkpoint=checkpoint, fast_checkpoint=fast).fast_path == served
+    paths = Settings(checkpoint=checkpoint, fast_checkpoint=fast).model_paths
+    assert paths == {"default": checkpoint} | ({"fast": served} if served else {})
+
+
+def test_models_are_served_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNFOG_MODELS", "cars=/a/cars.safetensors, default=b=c.safetensors")
+    paths = load_settings().model_paths
+    assert list(paths.items()) == [("cars", Path("/a/cars.safetensors")), ("default", Path("b=c.safetensors"))]
+    assert load_settings({"models": "x=y"}).model_paths == {"x": Path("y")}
+
+
+@pytest.mark.parametrize("field", ["checkpoint", "fast_checkpoint"])
+def test_models_and_a_checkpoint_are_not_set_together(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNFOG_MODELS", "a=b")
+    flag = field.replace("_", "-")
+    with pytest.raises(SettingsError, match=f"^UNFOG_MODELS and --{flag} are both set. Set one of them$"):
+        load_settings({field: "c.safetensors"})
 
 
 INVALID = {
+    "UNFOG_MODELS": [
+        ",",
+        "a",
+        "a=",
+        "=b",
+        "a=b,",
+        "a=b,a=c",
+        "a b=c",
+        ".a=b",
+        "a/b=c",
+        "a" * 65 + "=b",
+        "\N{LATIN SMALL LETTER E WITH ACUTE}=b",
+    ],
     "UNFOG_DEVICE": ["tpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "auto:1", "CPU", "cuda:1:2", ":"],
     "UNFOG_DTYPE": ["fp16", "fp32"],
     "UNFOG_COMPILE": ["yes", "1"],

@@ -379,7 +379,9 @@ def _resolve(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_chunk_table_has_exactly_the_text_chunks_of_a_png() -> None:
-    chunks = Provenance(digit=7, seed=42, sampler="dpmpp", num_steps=10, guidance_scale=1.7, model_sha256="f38bf767...")
+    chunks = Provenance(
+        labels=("7",), seed=42, sampler="dpmpp", num_steps=10, guidance_scale=1.7, model_sha256="f38bf767..."
+    )
     documented = {codes(row["Chunk"])[0]: codes(row["Example"])[0] for row in API.table("PNG", "Chunk")}
     assert documented == chunks.text(0)
 

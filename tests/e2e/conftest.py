@@ -62,8 +62,13 @@ def start(checkpoint: Path) -> Iterator[Start]:
 
 
 def start_service(stack: ExitStack, checkpoint: Path, module: str = "app", **variables: str) -> Service:
-    """Starts a service and waits until it is ready. Closing the stack stops it."""
-    process = Process(module, is_forked=can_fork(variables), UNFOG_CHECKPOINT=str(checkpoint), **variables)
+    """Starts a service and waits until it is ready. Closing the stack stops it.
+
+    `checkpoint` is not used if the variables name the models.
+    """
+    if "UNFOG_MODELS" not in variables:
+        variables["UNFOG_CHECKPOINT"] = str(checkpoint)
+    process = Process(module, is_forked=can_fork(variables), **variables)
     stack.callback(process.kill)
     service = Service(process)
     stack.callback(service.client.close)

@@ -13,7 +13,7 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -324,7 +324,7 @@ def test_checkpoint_without_a_prediction_field_predicts_eps(saved: Path) -> None
     assert load(saved).config.prediction == PredictionConfig("eps")
 
 
-OPTIONAL = {"training", "prediction", "steps", "guidance_by_sampler"}
+OPTIONAL = {"training", "prediction", "steps", "guidance_by_sampler", "normalisation"}
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(CheckpointConfig) if field.name not in OPTIONAL])
@@ -495,6 +495,9 @@ def set_num_classes(metadata: dict[str, Any], num_classes: int) -> None:
         (lambda m: m["probe"].update(seed=HUGE), "probe.seed must be an integer"),
         (lambda m: m.update(samplers=["euler"]), "samplers[0] must be one of ddpm, ddim, dpmpp"),
         (lambda m: m.update(class_names=["a"] * 9), "9 class names, but the network has 10 classes"),
+        (lambda m: m.update(class_names=[*"abcdefghi", "a"]), "class names must differ, but 'a' occurs more than once"),
+        (lambda m: m.update(normalisation="imagenet"), "normalisation must be one of auto, mnist, none"),
+        (lambda m: m.update(normalisation="mnist"), "normalisation can be mnist only for grey images of 28x28 pixels"),
         (lambda m: m["schedule"].update(num_steps=50), "the schedule has 50 steps, but the network has 100"),
         (
             lambda m: m["schedule"].update(beta_start=0.99, beta_end=0.99),
@@ -536,12 +539,30 @@ def test_error_about_a_rejected_file_contains_the_reason(
 
 
 @pytest.mark.parametrize(
-    "names", [["x"] * 10, ["\u96f6", "\u00e9" * 100, "0", "a b", *"123456"]], ids=["equal", "texts"]
+    "names", [[*"XxYyAaBbCc"], ["\u96f6", "\u00e9" * 100, "0", "a b", *"123456"]], ids=["case", "texts"]
 )
 def test_printable_class_names_are_loaded_and_give_valid_prompts(saved: Path, names: list[str]) -> None:
     rewrite_metadata(saved, lambda metadata: metadata.update(class_names=names))
     assert load(saved).config.class_names == tuple(names)
     assert all(map(is_prompt, map(default_prompt, names)))
+
+
+@pytest.mark.parametrize(
+    ("size", "names", "normalisation", "expected"),
+    [
+        (28, "0123456789", "auto", True),
+        (28, "0123456789", "none", False),
+        (28, "abcdefghij", "auto", False),
+        (28, "abcdefghij", "mnist", True),
+        (32, "0123456789", "auto", False),
+    ],
+)
+def test_normalisation_of_drawings_follows_from_the_checkpoint(
+    size: int, names: str, normalisation: Literal["auto", "mnist", "none"], expected: bool
+) -> None:
+    unet = tiny_unet(image_size=size).config
+    config = CheckpointConfig(unet, ScheduleConfig(), class_names=tuple(names), normalisation=normalisation)
+    assert config.spec.normalises_drawings is expected
 
 
 @pytest.mark.parametrize("sigma_data", [2**53, 1, 1e-300])
@@ -559,7 +580,7 @@ def test_unexpected_tensor_is_rejected(saved: Path) -> None:
 
 def test_too_large_conditioning_table_is_rejected_before_allocation(tmp_path: Path) -> None:
     network, path = tiny_unet(num_classes=1000, num_steps=10_000), tmp_path / "wide.safetensors"
-    names, probe = ("a",) * 1000, Probe(num_steps=1)
+    names, probe = tuple(map(str, range(1000))), Probe(num_steps=1)
     save(
         path,
         network,

@@ -111,15 +111,15 @@ def test_enlarged_image_is_reduced_to_its_original_pixels(fit: digit_image.Fit, 
 @pytest.mark.parametrize("factor", [2, 10, 16])
 def test_enlargement_is_found_only_if_all_blocks_have_equal_pixels(factor: int) -> None:
     enlarged = np.kron(np.arange(784, dtype=np.float32).reshape(28, 28), np.ones((factor, factor), np.float32))
-    assert enlargement_of(enlarged) == factor
-    assert enlargement_of(enlarged[:, :-factor]) == 1
+    assert enlargement_of(enlarged, 28) == factor
+    assert enlargement_of(enlarged[:, :-factor], 28) == 1
     enlarged[-1, -1] += 1
-    assert enlargement_of(enlarged) == 1
+    assert enlargement_of(enlarged, 28) == 1
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (28 * 17, 28 * 17), (280, 560), (14, 14)])
 def test_other_sizes_are_not_enlargements(shape: tuple[int, int]) -> None:
-    assert enlargement_of(np.zeros(shape, np.uint8)) == 1
+    assert enlargement_of(np.zeros(shape, np.uint8), 28) == 1
 
 
 @pytest.mark.parametrize("shape", [(28, 29), (56, 56), (300, 500), (30, 20)])

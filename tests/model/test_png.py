@@ -23,7 +23,7 @@ from model.png import (
 from model.spec import SAMPLERS
 
 PROVENANCE = Provenance(
-    digit=7, seed=2**53 - 1, sampler="ddim", num_steps=20, guidance_scale=1.5, model_sha256="ab" * 32
+    labels=("7",), seed=2**53 - 1, sampler="ddim", num_steps=20, guidance_scale=1.5, model_sha256="ab" * 32
 )
 
 
@@ -33,6 +33,7 @@ def test_text_chunks_contain_all_generation_parameters() -> None:
         assert image.info == {
             "Software": SOFTWARE,
             "Digit": "7",
+            "Label": "7",
             "Seed": "9007199254740991",
             "Index": "4",
             "Sampler": "ddim",
@@ -96,8 +97,49 @@ def test_parsed_chunks_equal_the_written_provenance(index: int | str, indices: r
 
 
 def test_chunks_of_a_sheet_of_several_digits_are_parsed() -> None:
-    found, indices = Provenance.parse(replace(PROVENANCE, digit="7,0,2").text("0-2"))
-    assert (found.digit, indices) == ("7,0,2", range(3))
+    found, indices = Provenance.parse(replace(PROVENANCE, labels=("7", "0", "2")).text("0-2"))
+    assert (found.labels, indices) == (("7", "0", "2"), range(3))
+
+
+NAMED = replace(PROVENANCE, has_digits=False)
+
+
+@pytest.mark.parametrize(
+    ("labels", "chunk"),
+    [
+        (("truck",), "truck"),
+        (("fire truck, red",), "fire truck, red"),
+        (("caf\N{LATIN SMALL LETTER E WITH ACUTE}",), r'"caf\u00e9"'),
+        (('"quoted"',), r'"\"quoted\""'),
+        (("[1]",), '"[1]"'),
+        (("7",), "7"),
+        (("cat", "dog"), '["cat", "dog"]'),
+        (("a" * 100,), "a" * 100),
+    ],
+)
+def test_names_of_other_classes_are_written_and_parsed(labels: tuple[str, ...], chunk: str) -> None:
+    text = replace(NAMED, labels=labels).text(0)
+    assert text["Label"] == chunk
+    assert "Digit" not in text
+    assert encode_pixels(np.zeros((1, 1), dtype=np.uint8), text=text)
+    found, _ = Provenance.parse(text)
+    assert (found.labels, found.has_digits) == (labels, False)
+
+
+def test_files_of_digits_without_a_label_are_parsed() -> None:
+    text = chunks()
+    del text["Label"]
+    assert Provenance.parse(text)[0] == Provenance.parse(chunks())[0]
+
+
+@pytest.mark.parametrize("label", ['"', "[", "[]", "[1]", "{}", '["a", "a"]', '""', '"' + "a" * 101 + '"', "\n", ""])
+def test_malformed_label_is_refused(label: str) -> None:
+    text = {**replace(NAMED, labels=("a",)).text(0), "Label": label}
+    if label == "{}":  # This is a name.
+        assert Provenance.parse(text)[0].labels == ("{}",)
+        return
+    with pytest.raises(ProvenanceError, match="The text chunk Label must be"):
+        Provenance.parse(text)
 
 
 def test_release_of_the_picture_is_parsed_and_kept() -> None:
@@ -118,10 +160,10 @@ def test_all_samplers_and_the_largest_values_are_parsed() -> None:
     assert (found.seed, found.num_steps, indices) == (MAX_SEED, MAX_STEPS, range(MAX_INDEX, MAX_INDEX + 1))
 
 
-@pytest.mark.parametrize("name", [name for name in CHUNKS if not name.startswith("CLIP-")])
+@pytest.mark.parametrize("name", [name for name in CHUNKS if not name.startswith("CLIP-") and name != "Label"])
 def test_missing_chunk_is_named(name: str) -> None:
     text = chunks()
-    del text[name]
+    del text[name], text["Label"]
     with pytest.raises(ProvenanceError, match=f"has no text chunk {name}\\."):
         Provenance.parse(text)
 
@@ -175,7 +217,7 @@ def test_malformed_chunk_is_refused_without_its_value(name: str, value: str) -> 
 
 def test_picture_of_another_task_is_refused() -> None:
     with pytest.raises(ProvenanceError, match="was made from another picture"):
-        Provenance.parse(replace(PROVENANCE, digit="none", task={"Task": "denoise"}).text(0))
+        Provenance.parse(replace(PROVENANCE, labels=(), task={"Task": "denoise"}).text(0))
 
 
 CLIP = ClipProvenance(1.5, "a thick seven", "cd" * 32)
@@ -228,4 +270,4 @@ def test_missing_chunk_of_clip_guidance_is_named(name: str) -> None:
 )
 def test_sheet_of_one_digit_has_no_empty_row(count: int, shape: tuple[int, int]) -> None:
     assert sheet_shape(count) == shape
-    assert sheet_shape(count, num_digits=3) == (3, count)
+    assert sheet_shape(count, num_classes=3) == (3, count)

@@ -8,6 +8,7 @@ from model.spec import Guidance, ModelSpec, TrainingFacts
 
 SPEC = ModelSpec(
     class_names=("7", "truck"),
+    normalises_drawings=False,
     image_shape=(3, 32, 32),
     schedule=Schedule(ScheduleConfig(num_steps=50)),
     steps=(),

@@ -3,9 +3,10 @@
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.types import Scope
 
@@ -30,6 +31,8 @@ class RequestContext:
     outcome: str | None = None  # error code of the response or of a stream's error event
     key: int | None = None  # position of the caller's API key in UNFOG_API_KEYS, from 1
     job: Job | None = None
+    # Returns the facts about the class of the job (see Task.class_facts).
+    class_facts: Callable[[int | None], dict[str, Any]] | None = None
     encodings: list[tuple[float, float]] = field(default_factory=list)  # start and end of each encoding
 
     @contextmanager

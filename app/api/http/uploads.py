@@ -53,7 +53,13 @@ _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
-Reader = Callable[[M, bytes], T]  # reads the content of a file, given the fields of its request; raises PictureError
+C = TypeVar("C")
+# Reads the content of a file, given the result of the check of its request. Raises PictureError.
+Reader = Callable[[C, bytes], T]
+
+
+def _unchecked(fields: Any) -> Any:
+    return fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +85,19 @@ class ImageReader:
         self,
         request: Request,
         schema: type[M],
-        readers: Mapping[str, Reader[M, T]],
+        readers: Mapping[str, Reader[C, T]],
         *,
-        check: Callable[[M], object] = lambda _: None,
+        check: Callable[[M], C] = _unchecked,
         lenient: bool = False,
-    ) -> tuple[M, dict[str, list[T]]]:
-        """Returns the validated fields, and the converted pictures of each image field that is present.
+    ) -> tuple[C, dict[str, list[T]]]:
+        """Returns the result of `check`, and the converted pictures of each image field that is present.
 
         In `schema`, an image field has the type Base64 or list[Base64]. In the returned model it has empty strings. In
         a multipart body, a list has one part for each element. `readers` has the function that reads the files of each
-        image field, in the order in which the fields are read. It is called in a worker thread with the fields and the
-        content of a file. A list of pictures is read one by one. The error of an element names its index.
-        `check` is called with the fields before a picture is decoded, and raises an error for values that are refused.
+        image field, in the order in which the fields are read. It is called in a worker thread with the result of
+        `check` and the content of a file. A list of pictures is read one by one. The error of an element names its
+        index. `check` is called with the validated fields before a picture is decoded. It raises an error for values
+        that are refused, and returns what the readers and the caller need. Without `check`, this is the fields.
 
         If `lenient` is True, a body of any other Content-Type is parsed as JSON. In a multipart body, the names of the
         parts may then end with `[]`, and text parts without content are ignored.
@@ -114,19 +121,19 @@ class ImageReader:
 
     async def _decode(
         self,
-        parsing: Step[tuple[M, list[_File]]],
-        readers: Mapping[str, Reader[M, T]],
+        parsing: Step[tuple[M, C, list[_File]]],
+        readers: Mapping[str, Reader[C, T]],
         deadline: asyncio.Timeout,
-    ) -> tuple[M, dict[str, list[T]]]:
+    ) -> tuple[C, dict[str, list[T]]]:
         """Parses a body and decodes its pictures. Moves the deadline if the request has an earlier one."""
         seconds, end = self._decode_seconds, deadline.when()
         assert end is not None, "decoding has a deadline"
-        ((fields, files),) = await asyncio.wrap_future(self._queue.submit([parsing], seconds))
+        ((fields, checked, files),) = await asyncio.wrap_future(self._queue.submit([parsing], seconds))
         if isinstance(fields, TimedFields) and fields.timeout_seconds and fields.timeout_seconds < seconds:
             end += fields.timeout_seconds - seconds
             deadline.reschedule(end)
         names = [file.field for file in files]
-        steps = [Step(file.work, partial(_read, fields, file, readers[file.field])) for file in files]
+        steps = [Step(file.work, partial(_read, checked, file, readers[file.field])) for file in files]
         files.clear()  # Each step holds its file until it has run.
         work = self._queue.submit(steps, end - asyncio.get_running_loop().time())
         del steps
@@ -134,7 +141,7 @@ class ImageReader:
         pictures: dict[str, list[T]] = {}
         for name, picture in zip(names, converted, strict=True):
             pictures.setdefault(name, []).append(picture)
-        return fields, pictures
+        return checked, pictures
 
     def close(self) -> None:
         """Cancels the work that has not begun."""
@@ -164,8 +171,8 @@ def _parse(
     parse: Parser,
     schema: type[M],
     names: tuple[str, ...],
-    check: Callable[[M], object],
-) -> tuple[M, list[_File]]:
+    check: Callable[[M], C],
+) -> tuple[M, C, list[_File]]:
     """Parses the only body of the list, and removes it there. `names` has the image fields in their order."""
     document = parse(bodies.pop())
     contents: dict[str, list[Any]] = {}
@@ -177,13 +184,13 @@ def _parse(
             contents[name] = values
             document[name] = [""] * len(values) if name in lists else ""
     fields = validate(document, schema)
-    check(fields)
+    checked = check(fields)
     files = [
         _inspect(name, (i,) if name in lists else (), content)
         for name, values in contents.items()
         for i, content in enumerate(values)
     ]
-    return fields, files
+    return fields, checked, files
 
 
 def _inspect(field: str, index: tuple[int, ...], content: bytes | str) -> _File:
@@ -201,10 +208,10 @@ def _work_of(file: PictureFile) -> int:
     return OPENING + pixels + converting
 
 
-def _read(fields: M, file: _File, read: Reader[M, T]) -> T:
+def _read(checked: C, file: _File, read: Reader[C, T]) -> T:
     """Decodes and converts a picture. Raises InvalidImage."""
     try:
-        return read(fields, file.data)
+        return read(checked, file.data)
     except PictureError as error:
         raise InvalidImage.of(file.field, str(error), *file.index) from error
 
@@ -334,10 +341,12 @@ def _kinds_of(schema: type[BaseModel]) -> dict[str, _Kind]:
 def _kind_of(field: dict[str, Any]) -> _Kind:
     if field.get("type") == "array":
         return replace(_kind_of(field["items"]), is_list=True, max_items=field.get("maxItems", 0))
-    types = {each.get("type") for each in (field, *field.get("anyOf", ()))}
+    kinds = (field, *field.get("anyOf", ()))
+    types = {each.get("type") for each in kinds}
+    is_text = any(each.get("type") == "string" and "const" not in each for each in kinds)  # A number is a text, too.
     return _Kind(
         is_image=field.get("contentEncoding") == "base64",
-        has_numbers=not types.isdisjoint({"integer", "number", "boolean"}),
+        has_numbers=not is_text and not types.isdisjoint({"integer", "number", "boolean"}),
     )
 
 

@@ -166,12 +166,13 @@ async def ready(request: Request, service: ServiceDependency) -> JSONResponse:
 )
 async def model(service: ServiceDependency, name: str) -> JSONResponse:
     """Returns the tensors of a model. Needs no API key and does not count against the rate limit."""
-    channels, height, width = _info(service, name).image_shape
+    info = _info(service, name)
+    channels, height, width = info.image_shape
     seed = TensorMetadata(**SEED_METADATA)
     answer = ModelMetadata(
         name=name,
         platform=PLATFORM,
-        inputs=[TensorMetadata(name="digit", datatype="INT64", shape=[-1]), seed],
+        inputs=[TensorMetadata(name=_input_of(info), datatype="INT64", shape=[-1]), seed],
         outputs=[TensorMetadata(name="image", datatype="UINT8", shape=[-1, height, width, channels]), seed],
     )
     return JSONResponse(answer.model_dump())
@@ -231,7 +232,7 @@ REQUESTS: dict[str, tuple[str, Schema]] = {
     _operation(
         f"{MODEL_PATH}/infer",
         "infer",
-        "Generate images from tensors of digits and seeds",
+        "Generate images from tensors of classes and seeds",
         InferenceResponse,
         {
             "model_name": "default",
@@ -253,19 +254,19 @@ async def infer(
     idempotency_key: IdempotencyKey,
     length: LengthHeader = NO_LENGTH,
 ) -> Response:
-    """Generates one image for each element of the input `digit`.
+    """Generates one image for each element of the input `label`, or `digit` for a model of digits.
 
-    Image i equals the first image of /generate with digit i, seed i and the same options. All images of a request are
+    Image i equals the first image of /generate with label i, seed i and the same options. All images of a request are
     admitted, cancelled and answered together.
     """
     _check_encoding(request)
     check_single(request, LENGTH_HEADER)
     info, settings = _info(service, name), service.settings
     body = await read_body(request, settings.max_body_bytes, settings.read_timeout)
-    inputs = read_inputs(body, length, settings.largest_request)
-    check_elements(inputs, "digit", info.num_classes - 1)
+    inputs = read_inputs(body, length, settings.largest_request, _input_of(info))
+    check_elements(inputs, inputs.label, info.num_classes - 1)
     check_elements(inputs, "seed", MAX_SEED)
-    seeds = inputs.elements.get("seed") or _seeds(len(inputs.elements["digit"]), idempotency_key)
+    seeds = inputs.elements.get("seed") or _seeds(len(inputs.elements[inputs.label]), idempotency_key)
 
     def encode(job: Job, images: list[Pixels]) -> tuple[bytes, int | None]:
         pixels = np.stack(images)  # (N, H, W) or (N, H, W, 3)
@@ -286,12 +287,17 @@ async def infer(
 
 def _task(inputs: Inputs, seeds: Sequence[int], info: ModelInfo) -> Task:
     """Returns the task of a request. Raises FieldError if the model does not support a parameter."""
-    digits, parameters = inputs.elements["digit"], inputs.request.parameters
+    labels, parameters = inputs.elements[inputs.label], inputs.request.parameters
     options = parameters.model_dump(
         include={"num_steps", "sampler", "guidance_scale", "timeout_seconds"}, exclude_none=True
     )
-    fields = SamplingFields(count=len(digits), seed=seeds[0], **options)
-    return generate_each(info, fields, [ImageKey(digit, seed, 0) for digit, seed in zip(digits, seeds, strict=True)])
+    fields = SamplingFields(count=len(labels), seed=seeds[0], **options)
+    return generate_each(info, fields, [ImageKey(label, seed, 0) for label, seed in zip(labels, seeds, strict=True)])
+
+
+def _input_of(info: ModelInfo) -> str:
+    """Returns the name of the input with the classes in the metadata of the model."""
+    return "digit" if info.has_digits else "label"
 
 
 def _seeds(number: int, idempotency_key: str | None) -> list[int]:
@@ -308,7 +314,7 @@ def _info(service: Service, name: str) -> ModelInfo:
 
 def _check_name(service: Service, name: str) -> None:
     """Raises NotFound if no model has this name."""
-    names = list(service.engine.models) or service.settings.model_names
+    names = list(service.engine.models) or list(service.settings.model_paths)
     if name not in names:
         raise errors.NotFound(f"No model has this name. The models are: {', '.join(names)}")
 

@@ -12,7 +12,7 @@ PLATFORM = "pytorch_safetensors"  # the protocol's form <project>_<format>
 ELEMENT_BYTES = 8  # of INT64
 MAX_INT64 = 2**63 - 1
 
-InputName = Literal["digit", "seed"]
+InputName = Literal["label", "digit", "seed"]
 OutputName = Literal["image", "seed"]
 Whole = Annotated[int, Field(ge=0, le=MAX_INT64), WHOLE]
 
@@ -58,7 +58,8 @@ class InputTensor(_Request):
     """An input tensor. Its elements are in `data`, or in binary form after the JSON object."""
 
     name: InputName = Field(
-        description="`digit` contains the digit of each image. `seed` contains the seed of each image, 0 to 2^53 - 1."
+        description="`label` contains the number of the class of each image, from 0. For a model of digits, `digit` is "
+        "the same. `seed` contains the seed of each image, 0 to 2^53 - 1."
     )
     datatype: Literal["INT64"]
     shape: Annotated[
@@ -87,7 +88,7 @@ class RequestedOutput(_Request):
 
 
 class InferenceRequest(_Request):
-    """A request for one image for each element of the input `digit`."""
+    """A request for one image for each element of the input `label` or `digit`."""
 
     id: Annotated[str | None, NOT_NULL] = _may_be_absent(description="The response has the same id.")
     # KServe's client sends these two. The path names the model.
@@ -95,7 +96,7 @@ class InferenceRequest(_Request):
     model_version: Annotated[str | None, NOT_NULL] = _may_be_absent(description="Ignored: models have no versions.")
     parameters: InferenceParameters = Field(default_factory=InferenceParameters)
     inputs: Annotated[
-        list[InputTensor], Field(min_length=1, max_length=2, description="`digit`, and optionally `seed`.")
+        list[InputTensor], Field(min_length=1, max_length=2, description="`label` or `digit`, and optionally `seed`.")
     ]
     outputs: Annotated[list[RequestedOutput], Field(max_length=2)] = Field(
         default=[], description="The outputs of the response, in this order. If absent or empty: `image` and `seed`."

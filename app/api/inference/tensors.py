@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.api.http.requests import parse_json, validate
-from app.api.inference.schemas import ELEMENT_BYTES, InferenceRequest, InputName, InputTensor
+from app.api.inference.schemas import ELEMENT_BYTES, InferenceRequest, InputTensor
 from app.errors import InvalidRequest, MalformedJSON
 
 LENGTH_HEADER = "Inference-Header-Content-Length"
@@ -30,11 +30,14 @@ class Inputs:
     """A validated request and the elements of its inputs."""
 
     request: InferenceRequest
+    label: str  # the name of the input with the classes
     elements: Mapping[str, Sequence[int]]  # name -> the elements; all have the same number
 
 
-def read_inputs(body: bytes, length: str | None, largest: int) -> Inputs:
+def read_inputs(body: bytes, length: str | None, largest: int, label: str) -> Inputs:
     """Reads a body. `length` is the header with the length of the JSON object. `largest` is the limit of images.
+
+    `label` is the name of the input for the classes in the metadata of the model: `digit` or `label`.
 
     Does not check the ranges of the elements. Raises MalformedJSON or InvalidRequest.
     """
@@ -60,18 +63,23 @@ def read_inputs(body: bytes, length: str | None, largest: int) -> Inputs:
         tensor.name: np.frombuffer(body[start:stop], "<i8").tolist() if tensor.data is None else tensor.data
         for tensor, (start, stop) in zip(request.inputs, ranges, strict=True)
     }
-    if "digit" not in elements:
-        raise _invalid("inputs", "The input 'digit' is required")
+    names = [name for name in elements if name in ("label", label)]
+    if not names:
+        raise _invalid("inputs", f"The input '{label}' is required")
+    if "digit" in elements and label != "digit":
+        raise _invalid("inputs", "The classes of this model are no digits. Leave out the input 'digit'")
+    if len(names) > 1:
+        raise _invalid("inputs", "Send either the input 'label' or the input 'digit', not both")
     if len({len(each) for each in elements.values()}) > 1:
-        raise _invalid("inputs", "'digit' and 'seed' must have the same shape")
-    return Inputs(request, elements)
+        raise _invalid("inputs", f"'{names[0]}' and 'seed' must have the same shape")
+    return Inputs(request, names[0], elements)
 
 
-def check_elements(inputs: Inputs, name: InputName, maximum: int) -> None:
+def check_elements(inputs: Inputs, name: str, maximum: int) -> None:
     """Raises InvalidRequest if an element of an input is below 0 or above the maximum. The input may be absent."""
     for position, element in enumerate(inputs.elements.get(name, ())):
         if not 0 <= element <= maximum:
-            index = [each.name for each in inputs.request.inputs].index(name)
+            index = next(i for i, each in enumerate(inputs.request.inputs) if each.name == name)
             raise _invalid("inputs", index, "data", position, f"Input should be from 0 to {maximum} for '{name}'")
 
 

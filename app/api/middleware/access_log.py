@@ -51,20 +51,21 @@ class AccessLog:
             "client": client_address(scope),
             **({"key": context.key} if context.key else {}),
             "seconds": round(seconds, 6),
-            **(_job_fields(context.job, context.encode_seconds) if context.job else {}),
+            **(_job_fields(context, context.job) if context.job else {}),
         }
 
 
-def _job_fields(job: Job, encode_seconds: float) -> dict[str, Any]:
+def _job_fields(context: RequestContext, job: Job) -> dict[str, Any]:
     """Returns the options and times of a job. The queue time of a job that never started ends with the job."""
     timings, options = job.timings, job.request.options
     finished_at = timings.finished_at or time.monotonic()
     started_at = timings.started_at or finished_at
     images = job.request.images
+    label = None if len({image.label for image in images}) > 1 else job.label
     return {
         "model": options.model,
-        # The digit is null until a search has found it. Digit and seed are null if the images have different ones.
-        "digit": None if len({image.label for image in images}) > 1 else job.label,
+        # The class is null until a search has found it. Class and seed are null if the images have different ones.
+        **(context.class_facts(label) if context.class_facts else {}),
         "count": job.request.count,
         "seed": None if len({image.seed for image in images}) > 1 else options.seed,
         "num_steps": options.num_steps,
@@ -72,5 +73,5 @@ def _job_fields(job: Job, encode_seconds: float) -> dict[str, Any]:
         "guidance_scale": options.guidance_scale,
         "queue_seconds": round(started_at - timings.submitted_at, 6),
         "denoise_seconds": round(finished_at - started_at, 6),
-        "encode_seconds": round(encode_seconds, 6),
+        "encode_seconds": round(context.encode_seconds, 6),
     }

@@ -34,7 +34,7 @@ class ImagesFormat:
     def _encode_json(self, task: Task, job: Job, images: list[Pixels], provenance: Provenance) -> bytes:
         pngs, options = encode_images(images, provenance, task.scale), task.options
         response = self.schema(
-            digit=job.label,
+            **task.class_facts(job.label),
             count=task.job.count,
             seed=options.seed,
             num_steps=task.num_steps,

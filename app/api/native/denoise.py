@@ -45,8 +45,8 @@ class DenoiseResponse(PictureFacts, ImagesResponse):
     noise_std: float = Field(description="The standard deviation of the noise that was assumed, in grey levels.")
     mode: Literal["mean", "sample"]
     probabilities: list[float] | None = Field(
-        description="The probability of each digit given the noisy image, with 4 decimals. null if the service did "
-        "not search for the digit."
+        description="The probability of each class given the noisy image, with 4 decimals. null if the service did "
+        "not search for the class."
     )
 
 
@@ -83,11 +83,11 @@ async def denoise(
     stream: StreamOptionsDependency,
     idempotency_key: IdempotencyKey,
 ) -> Response:
-    """Removes noise from a picture of a digit."""
+    """Removes noise from a picture."""
     media_type = negotiate(request, FORMATS)
-    body, pictures = await service.pictures.read(
-        request, DenoiseRequest, {"image": read_noisy}, check=service.picture_model
+    (body, info), pictures = await service.pictures.read(
+        request, DenoiseRequest, {"image": read_noisy}, check=service.with_model
     )
     ((image, noise_std),) = pictures["image"]
-    task = tasks.denoise(service.picture_model(body), with_seed(body, idempotency_key), image, noise_std)
+    task = tasks.denoise(info, with_seed(body, idempotency_key), image, noise_std)
     return await answer(request, service, task, ImagesFormat(DenoiseResponse), media_type, stream)

@@ -32,13 +32,13 @@ class EditResponse(PictureFacts, ImagesResponse):
     strength: float
 
 
-EDITED = answer_with(picture("edited"), digit=9, evaluations=119, strength=0.6)
+EDITED = answer_with(picture("edited"), label="9", digit=9, evaluations=119, strength=0.6)
 
 
 @router.operation(
     picture_operation(
         "edit",
-        "Redraw a sketch as a digit",
+        "Redraw a sketch as an image of a class",
         EditRequest,
         EditResponse,
         examples={
@@ -55,10 +55,10 @@ async def edit(
     stream: StreamOptionsDependency,
     idempotency_key: IdempotencyKey,
 ) -> Response:
-    """Redraws a sketch as a digit that is similar to it."""
+    """Redraws a sketch as an image of a class that is similar to it."""
     media_type = negotiate(request, FORMATS)
-    body, pictures = await service.pictures.read(
-        request, EditRequest, {"image": read_drawing}, check=service.picture_model
+    (body, info), pictures = await service.pictures.read(
+        request, EditRequest, {"image": read_drawing}, check=service.with_model
     )
-    task = tasks.edit(service.picture_model(body), with_seed(body, idempotency_key), *pictures["image"])
+    task = tasks.edit(info, with_seed(body, idempotency_key), *pictures["image"])
     return await answer(request, service, task, ImagesFormat(EditResponse), media_type, stream)

@@ -12,6 +12,7 @@ CLIP = {"name": "embedded", "sha256": "facd162eb0d8f12f5982c5a4ab595afd12eb622bd
 FIT = {"fit": "resize", "invert": False}
 TIMING = {"queue_seconds": 0.000308, "denoise_seconds": 0.233779, "total_seconds": 0.237409}
 GENERATED = {
+    "label": "7",
     "digit": 7,
     "count": 1,
     "seed": 42,

@@ -66,8 +66,8 @@ async def inpaint(
     media_type = negotiate(request, FORMATS)
     masked = MaskedPicture()
     readers = {"mask": masked.read_mask, "image": masked.read_image}
-    body, pictures = await service.pictures.read(request, InpaintRequest, readers, check=service.picture_model)
+    (body, info), pictures = await service.pictures.read(request, InpaintRequest, readers, check=service.with_model)
     (image,) = pictures["image"]
     assert image is not None, "the reader of the field `image` returns an image"
-    task = tasks.inpaint(service.picture_model(body), with_seed(body, idempotency_key), image, masked.redrawn)
+    task = tasks.inpaint(info, with_seed(body, idempotency_key), image, masked.redrawn)
     return await answer(request, service, task, ImagesFormat(InpaintResponse), media_type, stream)

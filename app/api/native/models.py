@@ -10,10 +10,9 @@ from app.api.native.schemas import ModelName
 from app.api.operations import READ_STATUSES, Operation, Router
 from app.api.service import ServiceDependency
 from app.engine.interface import ModelInfo
-from app.engine.job import DEFAULT_MODEL
 from app.tasks.from_image import has_picture_tasks
 from model.schedule import Schedule, ScheduleConfig
-from model.spec import MOST_STEPS, Sampler
+from model.spec import DIGITS, MOST_STEPS, Sampler
 
 router = Router()
 
@@ -27,8 +26,8 @@ class Evaluation(BaseModel):
     num_steps: int
     guidance_scale: float
     num_images: int = Field(description="Number of generated images that were measured.")
-    accuracy: float = Field(description="Share of the images that a classifier recognises as the requested digit.")
-    frechet: float = Field(description="Fréchet distance to the test images of MNIST. Smaller is better.")
+    accuracy: float = Field(description="Share of the images that a classifier recognises as the requested class.")
+    frechet: float = Field(description="Fréchet distance to the test images of the data. Smaller is better.")
 
 
 class Training(BaseModel):
@@ -46,6 +45,10 @@ class ServedModel(ModelName):
     num_parameters: int
     image_shape: list[int] = Field(description="Channels, height and width of an image.")
     num_classes: int
+    class_names: list[str] = Field(description="The name of each class. Its place, from 0, is its number.")
+    normalises_drawings: bool = Field(
+        description="True if drawings are normalised as in MNIST: light strokes on black, centred by mass."
+    )
     max_steps: int = Field(description="The largest permitted num_steps.")
     steps: list[int] = Field(description="The permitted values of num_steps. Empty: all values from 1 to max_steps.")
     default_steps: int
@@ -57,8 +60,8 @@ class ServedModel(ModelName):
     )
     alpha_bar: list[float] = Field(description="The noise schedule alpha_bar_t for t = 0 to T, with 6 decimals.")
     has_picture_tasks: bool = Field(
-        description="True if /recognize, /denoise, /inpaint and /edit permit the model. They need images of 28x28 grey "
-        "pixels, and a model that permits any number of steps."
+        description="True if /recognize, /denoise, /inpaint and /edit permit the model. They need a model that permits "
+        "any number of steps."
     )
     training: Training
     device: str
@@ -94,6 +97,8 @@ EXAMPLE = {  # the shipped checkpoint
             "num_parameters": 2_703_684,
             "image_shape": [1, 28, 28],
             "num_classes": 10,
+            "class_names": list(DIGITS),
+            "normalises_drawings": True,
             "max_steps": 100,
             "steps": [],
             "default_steps": 100,
@@ -141,10 +146,9 @@ EXAMPLE = {  # the shipped checkpoint
 )
 async def models(service: ServiceDependency) -> JSONResponse:
     """Returns the served models with the options that they permit, and the limits of requests."""
-    service.info(DEFAULT_MODEL)  # raises the error while no model is loaded
     settings = service.settings
     answer = Models(
-        models=[_describe(info) for info in service.engine.models.values()],
+        models=[_describe(info) for info in service.models.values()],
         limits=Limits(
             count=settings.largest_request,
             timeout_seconds=settings.longest_timeout,
@@ -165,6 +169,8 @@ def _describe(info: ModelInfo) -> ServedModel:
         num_parameters=info.num_parameters,
         image_shape=list(info.image_shape),
         num_classes=info.num_classes,
+        class_names=list(info.class_names),
+        normalises_drawings=info.normalises_drawings,
         max_steps=min(info.max_steps, MOST_STEPS),
         steps=list(info.steps),
         default_steps=info.default_steps,

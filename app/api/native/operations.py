@@ -22,13 +22,15 @@ from app.api.operations import (
     default_of,
     form_schema,
 )
-from app.engine.job import DEFAULT_MODEL
 from app.errors import BodyTooLarge, InvalidImage, InvalidRequest, NotAcceptable, UnsupportedMediaType
 from app.tasks.from_image import has_picture_tasks
+from app.tasks.labels import MAX_DIGIT
 from app.tasks.picture_files import damaged
+from app.tasks.sampling import max_scale_of
+from model.png import MAX_SCALE
 from model.spec import MOST_STEPS, SAMPLERS, ModelSpec
 
-NUM_CLASSES = 10  # digits that requests permit
+ONE_CLASS: Schema = {"not": {"required": ["label", "digit"]}}
 WORK_STATUSES = {status: text for status, text in STATUS.items() if status != 501}
 CLIP_STATUSES = {501: STATUS[501]}
 PICTURE_STATUSES = {
@@ -117,16 +119,19 @@ def request_schema(request: type[BaseModel], offer: Offer) -> Schema:
     fields["timeout_seconds"]["maximum"] = offer.settings.longest_timeout
     if "model" in fields:
         fields["model"] = {**fields["model"], "enum": offer.names}
-    found = [_condition(name, each, fields) for name, each in offer.models.items()]
+    found = [_condition(name, each, fields, offer.names[0]) for name, each in offer.models.items()]
     conditions = [condition for condition in found if condition]
+    if "label" in fields:
+        conditions.insert(0, ONE_CLASS)
     return {**schema, "allOf": [*schema.get("allOf", []), *conditions]} if conditions else schema
 
 
-def _condition(model: str, spec: ModelSpec, names: Collection[str]) -> Schema | None:
-    """Returns the schema that requests with the fields `names` must also satisfy for a model, or None."""
-    fields: Schema = {}
-    if spec.num_classes < NUM_CLASSES:
-        fields["digit"] = {"maximum": spec.num_classes - 1}
+def _condition(model: str, spec: ModelSpec, names: Collection[str], default: str) -> Schema | None:
+    """Returns the schema that requests with the fields `names` must also satisfy for a model, or None.
+
+    `default` is the name of the default model.
+    """
+    fields = {**_class_fields(spec), **_image_fields(spec)}
     if spec.steps:
         fields["num_steps"] = {"enum": sorted(spec.steps)}
     elif spec.max_steps < MOST_STEPS:
@@ -139,6 +144,22 @@ def _condition(model: str, spec: ModelSpec, names: Collection[str]) -> Schema | 
     if not fields:
         return None
     named: Schema = {"properties": {"model": {"const": model}}}
-    if model != DEFAULT_MODEL:  # A request without `model` uses the default model.
+    if model != default:  # A request without `model` uses the default model.
         named["required"] = ["model"]
     return {"if": named, "then": {"properties": fields}}
+
+
+def _class_fields(spec: ModelSpec) -> Schema:
+    """Returns the schemas of the fields that name a class of a model."""
+    largest = spec.num_classes - 1
+    label = {"anyOf": [{"enum": list(spec.class_names)}, {"type": "integer", "maximum": largest}]}
+    if not spec.has_digits:
+        return {"label": label, "digit": {"not": {}}}
+    return {"label": label, **({"digit": {"maximum": largest}} if largest < MAX_DIGIT else {})}
+
+
+def _image_fields(spec: ModelSpec) -> Schema:
+    """Returns the schemas of the fields whose values follow from the images of a model."""
+    most = max_scale_of(max(spec.image_shape[1:]))
+    scale = {"scale": {"maximum": most}} if most < MAX_SCALE else {}
+    return {**scale, **({} if spec.normalises_drawings else {"fit": {"enum": ["auto", "resize"]}})}

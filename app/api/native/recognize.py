@@ -1,7 +1,6 @@
-"""POST /recognize: recognises the digit in a picture."""
+"""POST /recognize: recognises the class of a picture."""
 
 import asyncio
-from collections.abc import Mapping
 
 from fastapi import Request
 from pydantic import BaseModel, Field
@@ -17,12 +16,12 @@ from app.api.native.operations import picture_operation
 from app.api.native.schemas import ModelName, Timing
 from app.api.operations import BINARY, Router
 from app.api.service import ServiceDependency, finish, server_timing
-from app.engine.interface import ModelInfo
 from app.tasks import recognize as tasks
 from app.tasks.error_chart import encode_error_chart
 from app.tasks.fields import AppliedFit
 from app.tasks.from_image import read_drawing
 from app.tasks.recognize import RecognizeFields
+from app.tasks.task import Task
 from model.png import SOFTWARE
 from model.recognition import Recognition
 
@@ -34,12 +33,17 @@ class RecognizeRequest(RecognizeFields, Pictured):
 
 
 class RecognizeResponse(BaseModel):
-    """The recognised digit."""
+    """The recognised class."""
 
-    digit: int
-    probabilities: list[float] = Field(description="The probability of each digit, if the picture shows a digit.")
-    is_digit: bool = Field(
-        description="false if the picture probably shows no digit. This is wrong for about 1.5% of MNIST's test digits."
+    label: str = Field(description="The name of the class.")
+    digit: int | None = Field(description="The digit, or null if the classes of the model are not digits.")
+    probabilities: list[float] = Field(
+        description="The probability of each class, if the picture shows one of them. The order is that of the class "
+        "names in GET /models."
+    )
+    is_digit: bool | None = Field(
+        description="false if the picture probably shows no digit. This is wrong for about 1.5% of MNIST's test "
+        "digits. null if the classes of the model are not digits."
     )
     evaluations: int = Field(description="Number of network evaluations.")
     num_pairs: int
@@ -50,6 +54,7 @@ class RecognizeResponse(BaseModel):
 
 
 RECOGNISED = {
+    "label": "7",
     "digit": 7,
     "probabilities": [0.0, 0.0, 0.0001, 0.0002, 0.0, 0.0, 0.0, 0.9995, 0.0001, 0.0],
     "is_digit": True,
@@ -64,7 +69,7 @@ RECOGNISED = {
 @router.operation(
     picture_operation(
         "recognize",
-        "Recognise the digit in a picture",
+        "Recognise the class of a picture",
         RecognizeRequest,
         RecognizeResponse,
         examples={
@@ -76,29 +81,30 @@ RECOGNISED = {
     )
 )
 async def recognize(request: Request, service: ServiceDependency) -> Response:
-    """Recognises the digit in a picture.
+    """Recognises the class of a picture, such as the digit that it shows.
 
-    The service adds noise to the picture. The digit is the class with which the network removes this noise best. If
+    The service adds noise to the picture. The answer is the class with which the network removes this noise best. If
     Accept selects image/png, the response is a chart of the errors of each class.
     """
     media_type = negotiate(request, (JSON, PNG))
-    body, pictures = await service.pictures.read(
-        request, RecognizeRequest, {"image": read_drawing}, check=service.picture_model
+    (body, info), pictures = await service.pictures.read(
+        request, RecognizeRequest, {"image": read_drawing}, check=service.with_model
     )
     (image,) = pictures["image"]
-    task, context = tasks.recognize(service.picture_model(body), body, image), context_of(request.scope)
+    task, context = tasks.recognize(info, body, image), context_of(request.scope)
     job = service.submit(task, context)
     (result,) = await finish(service, request, job)
     assert isinstance(result, Recognition), "a recognition task has this result"
-    info = service.info(body.model)
     if media_type == PNG:
         with context.encoding(service.metrics):
-            content = await asyncio.to_thread(encode_error_chart, result, _chart_chunks(result, info, task.chunks))
+            content = await asyncio.to_thread(
+                encode_error_chart, result, info.class_names, _chunks_of_chart(task, result)
+            )
         return Response(content, media_type=PNG, headers={"Server-Timing": server_timing(job, context)})
     response = RecognizeResponse(
-        digit=result.label,
+        **task.class_facts(result.label),
         probabilities=result.probabilities,
-        is_digit=result.is_digit,
+        is_digit=result.is_digit if info.has_digits else None,
         evaluations=result.evaluations,
         model=ModelName(name=info.name, sha256=info.sha256),
         timing=Timing.of(job.timings),
@@ -108,6 +114,7 @@ async def recognize(request: Request, service: ServiceDependency) -> Response:
     return Response(response.model_dump_json(), media_type=JSON, headers=headers)
 
 
-def _chart_chunks(result: Recognition, info: ModelInfo, chunks: Mapping[str, str]) -> dict[str, str]:
+def _chunks_of_chart(task: Task, result: Recognition) -> dict[str, str]:
     """Returns the text chunks of a chart."""
-    return {"Software": SOFTWARE, "Digit": str(result.label), "Model-SHA256": info.sha256, **chunks}
+    provenance = task.provenance(result.label)
+    return {"Software": SOFTWARE, **provenance.class_text(), "Model-SHA256": task.info.sha256, **task.chunks}

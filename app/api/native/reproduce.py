@@ -17,7 +17,7 @@ from app.api.native.operations import picture_operation
 from app.api.native.schemas import GenerateResponse
 from app.api.operations import BINARY, Router
 from app.api.service import ServiceDependency, encoded, guided_by_clip
-from app.engine.job import DEFAULT_MODEL, Job, Pixels
+from app.engine.job import Job, Pixels
 from app.tasks.reproduce import Original, read_original
 from app.tasks.sampling import TimedFields
 
@@ -31,7 +31,7 @@ class ReproduceRequest(TimedFields):
         Base64,
         Field(
             description="A PNG file of /generate, /v1/images/generations or scripts.sample with its text chunks, as a "
-            "file in multipart/form-data or as base64 in JSON. It shows one image, or several images of one digit."
+            "file in multipart/form-data or as base64 in JSON. It shows one image, or several images of one class."
         ),
     ]
 
@@ -73,10 +73,9 @@ async def reproduce(request: Request, service: ServiceDependency) -> Response:
     media_type = negotiate(request, (JSON, PNG))
 
     def read(body: ReproduceRequest, data: bytes) -> Original:
-        service.info(DEFAULT_MODEL)  # raises Starting if no model is loaded
         return read_original(
             data,
-            service.engine.models,
+            service.models,
             service.engine.clip.info if service.engine.clip else None,
             service.settings.largest_request,
             body.timeout_seconds,

@@ -51,7 +51,8 @@ Evaluations = Annotated[
 class ImagesResponse(BaseModel):
     """The images, and the values that are needed to reproduce them."""
 
-    digit: int | None = Field(description="The class of the images, or null if no class was assumed.")
+    label: str | None = Field(description="The name of the class of the images, or null if no class was assumed.")
+    digit: int | None = Field(description="The digit of the images, or null if no class was assumed or it is no digit.")
     count: int
     seed: int
     num_steps: int
@@ -66,7 +67,7 @@ class ImagesResponse(BaseModel):
 class GenerateResponse(ImagesResponse):
     """The images, and all values that are needed to reproduce them."""
 
-    digit: int
+    label: str
     clip_guidance_scale: float
     clip_prompt: str | None = Field(description="The prompt of CLIP guidance, or null without CLIP guidance.")
     clip: ModelName | None = Field(description="The model of CLIP guidance, or null without CLIP guidance.")

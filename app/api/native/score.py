@@ -4,6 +4,7 @@ import asyncio
 import time
 from typing import Annotated
 
+import numpy as np
 from fastapi import Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
@@ -21,10 +22,12 @@ from app.api.native.schemas import ModelName
 from app.api.operations import Router, picture
 from app.api.service import ServiceDependency
 from app.engine.clip_worker import Scores, Similarities
+from app.engine.interface import ModelInfo
+from app.engine.job import Pixels
 from app.tasks.clip_warnings import score_warning
 from app.tasks.fields import AppliedFit
 from app.tasks.score import MAX_IMAGES, ScoreFields, SeveralPictures
-from model.digit_image import DigitImage
+from model.prepared_image import PreparedImage
 
 router = Router(route_class=DirectRoute)
 
@@ -131,15 +134,18 @@ async def score(request: Request, service: ServiceDependency) -> Response:
     """
     negotiate(request, (JSON,))
 
-    def check(body: ScoreRequest) -> None:
+    def check(body: ScoreRequest) -> tuple[ScoreRequest, ModelInfo]:
         timeout = service.timeout_of(body.timeout_seconds)
         _ = service.clip_info  # raises NotAvailable without a CLIP model
         # The pictures of a refused request are not decoded. `service.score` checks again, as other requests may follow.
         service.clip.check_admission(len(body.images), body.prompts, timeout)
+        return body, service.info()
 
-    body, pictures = await service.pictures.read(request, ScoreRequest, {"images": SeveralPictures().read}, check=check)
+    (body, _), pictures = await service.pictures.read(
+        request, ScoreRequest, {"images": SeveralPictures().read}, check=check
+    )
     images, timeout = pictures["images"], service.timeout_of(body.timeout_seconds)
-    pixels = [image.pixels[0].numpy() for image in images]
+    pixels = [_pixels_of(image) for image in images]
     future = service.score(pixels, body.prompts, timeout, context_of(request.scope))
     try:
         async with asyncio.timeout(timeout):
@@ -164,7 +170,13 @@ async def score(request: Request, service: ServiceDependency) -> Response:
     return Response(response.model_dump_json(), media_type=JSON, headers={"Server-Timing": phases})
 
 
-def _facts(image: DigitImage) -> ScoredImage:
+def _pixels_of(image: PreparedImage) -> Pixels:
+    """Returns the pixels (H, W) or (H, W, 3) of an image."""
+    channels = image.pixels.numpy()  # (C, H, W)
+    return channels[0] if len(channels) == 1 else np.moveaxis(channels, 0, -1)
+
+
+def _facts(image: PreparedImage) -> ScoredImage:
     return ScoredImage(fit=image.fit, inverted=image.inverted)
 
 

@@ -28,16 +28,15 @@ from app.api.openai.schemas import (
 )
 from app.api.operations import Router, picture
 from app.api.service import Service, ServiceDependency, answer
-from app.engine.interface import ModelInfo
-from app.engine.job import DEFAULT_MODEL, Job, Pixels
+from app.engine.job import Job, Pixels
 from app.tasks.edit import EditFields, edit
 from app.tasks.from_image import FittingFields, has_picture_tasks, read_drawing
 from app.tasks.generate import GenerateFields, generate
 from app.tasks.images import encode_base64, encode_images
 from app.tasks.inpaint import InpaintFields, MaskedPicture, inpaint
 from app.tasks.task import Task
-from model.digit_image import DigitImage
 from model.png import Provenance
+from model.prepared_image import PreparedImage
 
 router = Router(route_class=DirectRoute)
 
@@ -49,7 +48,7 @@ PREVIEW, DIGIT, EDITED = picture("preview"), picture("digit"), picture("edited")
     images_operation(
         GENERATIONS_PATH,
         "create_images",
-        "Generate images of the digit in a prompt",
+        "Generate images of the class in a prompt",
         ImageGenerationRequest,
         GENERATION,
         examples={
@@ -57,16 +56,16 @@ PREVIEW, DIGIT, EDITED = picture("preview"), picture("digit"), picture("edited")
             "seed": ("A digit with a fixed seed", {"prompt": "7", "size": "28x28", "seed": 42}),
             "several": ("Several digits with fewer steps", {"prompt": "seven", "n": 4, "quality": "medium"}),
         },
-        made=(7, PREVIEW, DIGIT),
+        made=("A handwritten digit seven", PREVIEW, DIGIT),
     )
 )
 async def generations(request: Request, service: ServiceDependency, idempotency_key: IdempotencyKey) -> Response:
-    """Generates images of the digit that the prompt names, as in the OpenAI Images API."""
+    """Generates images of the class that the prompt names, as in the OpenAI Images API."""
     settings = service.settings
     content = await read_body(request, settings.max_body_bytes, settings.read_timeout)
     body = validate(parse_json(content), ImageGenerationRequest)
-    plan = plan_generation(body, _models(service), settings.largest_request)
-    fields = GenerateFields(digit=body.digit, count=body.n, scale=plan.scale, **plan.fields)
+    plan = plan_generation(body, service.models, settings.largest_request)
+    fields = GenerateFields(label=plan.label, count=body.n, scale=plan.scale, **plan.fields)
     task = generate(plan.info, with_seed(fields, idempotency_key))
     return await _respond(request, service, body, plan, task, GENERATION)
 
@@ -88,30 +87,33 @@ async def generations(request: Request, service: ServiceDependency, idempotency_
                 {"image": PREVIEW, "mask": picture("transparent_mask"), "prompt": "a nine", "seed": 42},
             ),
         },
-        made=(9, PREVIEW, EDITED),
+        made=("A handwritten digit nine", PREVIEW, EDITED),
     )
 )
 async def edits(request: Request, service: ServiceDependency, idempotency_key: IdempotencyKey) -> Response:
     """Redraws a picture, or fills in the part under the transparent pixels of a mask, as in the OpenAI Images API."""
     masked = MaskedPicture(marks_by_transparency=True, complete=GENERATIONS_PATH)
 
-    def plan_of(body: ImageEditRequest) -> Plan:
-        return plan_edit(body, _models(service), service.settings.largest_request, has_picture_tasks)
+    def check(body: ImageEditRequest) -> tuple[ImageEditRequest, Plan]:
+        return body, plan_edit(body, service.models, service.settings.largest_request, has_picture_tasks)
 
-    def read_mask(body: ImageEditRequest, data: bytes) -> None:
-        masked.read_mask(InpaintFields(), data)
+    def read_mask(checked: tuple[ImageEditRequest, Plan], data: bytes) -> None:
+        masked.read_mask((InpaintFields(), checked[1].info), data)
 
-    def read_image(body: ImageEditRequest, data: bytes) -> DigitImage:
+    def read_image(checked: tuple[ImageEditRequest, Plan], data: bytes) -> PreparedImage:
+        body, plan = checked
         if body.mask is None:
-            return read_drawing(FittingFields(), data)
-        return masked.read_image(InpaintFields(), data)
+            return read_drawing((FittingFields(), plan.info), data)
+        return masked.read_image((InpaintFields(), plan.info), data)
 
-    readers: dict[str, Reader[ImageEditRequest, DigitImage | None]] = {"mask": read_mask, "image": read_image}
-    body, pictures = await service.pictures.read(request, ImageEditRequest, readers, check=plan_of, lenient=True)
+    readers: dict[str, Reader[tuple[ImageEditRequest, Plan], PreparedImage | None]] = {
+        "mask": read_mask,
+        "image": read_image,
+    }
+    (body, plan), pictures = await service.pictures.read(request, ImageEditRequest, readers, check=check, lenient=True)
     (image,) = pictures["image"]
     assert image is not None, "the reader of the field `image` returns an image"
-    plan = plan_of(body)
-    fields = {"digit": body.digit, "count": body.n, "scale": plan.scale, **plan.fields}
+    fields = {"label": plan.label, "count": body.n, "scale": plan.scale, **plan.fields}
     if body.mask is None:
         task = edit(plan.info, with_seed(EditFields(**fields), idempotency_key), image)
     else:
@@ -147,7 +149,7 @@ class CreatedFormat:
 
     def encode(self, media_type: str, task: Task, job: Job, images: list[Pixels], provenance: Provenance) -> bytes:
         """Returns the body of an answer in JSON. The text chunks of the images contain the provenance."""
-        description = description_of(self.body.digit)
+        description = description_of(task.info, self.plan.label)
         response = CreatedImages(
             created=int(time.time()),
             data=[
@@ -160,9 +162,3 @@ class CreatedFormat:
             model=self.plan.info.name,
         )
         return response.model_dump_json().encode()
-
-
-def _models(service: Service) -> dict[str, ModelInfo]:
-    """Returns the served models by name. Raises Starting or EngineFailed if no model is loaded."""
-    service.info(DEFAULT_MODEL)
-    return service.engine.models

@@ -9,7 +9,6 @@ from app.api.openai.operations import CREATED_AT, GROUP
 from app.api.openai.schemas import OpenAIError, OpenAIModel, OpenAIModels
 from app.api.operations import READ_STATUSES, Operation, Router
 from app.api.service import Service, ServiceDependency
-from app.engine.job import DEFAULT_MODEL
 from app.tasks.names import either
 
 router = Router()
@@ -32,8 +31,7 @@ EXAMPLE = OpenAIModel(id="default", created=CREATED_AT)
 )
 async def models(service: ServiceDependency) -> JSONResponse:
     """Returns the served models in the format of OpenAI. GET /models describes what each model permits."""
-    service.info(DEFAULT_MODEL)  # raises Starting or EngineFailed if no model is loaded
-    answer = OpenAIModels(data=[_describe(service, name) for name in service.engine.models])
+    answer = OpenAIModels(data=[_describe(service, name) for name in service.models])
     return JSONResponse(answer.model_dump(), headers=NO_STORE)
 
 
@@ -52,9 +50,8 @@ async def models(service: ServiceDependency) -> JSONResponse:
 )
 async def model(model: str, service: ServiceDependency) -> JSONResponse:
     """Returns a served model in the format of OpenAI."""
-    service.info(DEFAULT_MODEL)
-    if model not in service.engine.models:
-        raise errors.NotFound(f"This model is not served. Use {either(service.engine.models)}")
+    if model not in service.models:
+        raise errors.NotFound(f"This model is not served. Use {either(service.models)}")
     return JSONResponse(_describe(service, model).model_dump(), headers=NO_STORE)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from app.api.http.events import event_text
 from app.api.http.media_types import EVENTS, MULTIPART
 from app.api.openai.plans import OPENAI_MODELS, size_name
-from app.api.openai.prompt import HOW, description_of
+from app.api.openai.prompt import HOW
 from app.api.openai.schemas import (
     AUTO,
     MAX_IMAGES,
@@ -59,13 +59,13 @@ def images_operation(
     kind: str,
     *,
     examples: Mapping[str, tuple[str, Schema]],
-    made: tuple[int, str, str],
+    made: tuple[str, str, str],
 ) -> Operation:
     """Returns the operation that makes images. `kind` is the prefix of the types of its events.
 
-    `made` has the digit, the preview and the image of the example of an answer.
+    `made` has the revised prompt, the preview and the image of the example of an answer.
     """
-    digit, preview, png = made
+    revised, preview, png = made
     with_pictures = "image" in request.model_fields
     stream = Stream(
         "ImageEditStreamEvent" if with_pictures else "ImageGenerationStreamEvent",
@@ -74,7 +74,7 @@ def images_operation(
     )
     created = CreatedImages(
         created=CREATED_AT,
-        data=[ImageData(b64_json=png, revised_prompt=description_of(digit))],
+        data=[ImageData(b64_json=png, revised_prompt=revised)],
         model="default",
         **_FACTS,
     )

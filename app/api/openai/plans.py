@@ -2,18 +2,19 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from app import errors
+from app.api.openai.prompt import label_of_prompt
 from app.api.openai.schemas import AUTO, ImageEditRequest, ImageGenerationRequest, ImagesRequest
 from app.engine.interface import ModelInfo
-from app.engine.job import DEFAULT_MODEL, FAST_MODEL
+from app.engine.job import FAST_MODEL
 from app.tasks.names import either
-from model.png import MAX_SCALE
+from app.tasks.sampling import max_scale_of
 from model.spec import Sampler
 
-AUTO_SCALE = 10
+AUTO_SIDE = 280  # pixels; the largest multiple of the size of an image that is not above it is used
 MEDIUM_STEPS = 10
 MEDIUM_SAMPLER: Sampler = "dpmpp"
 OPENAI_MODELS = ("gpt-image-", "dall-e-", "chatgpt-image-")  # prefixes of the names of OpenAI's image models
@@ -26,6 +27,7 @@ class Plan:
     """How the images of a request are generated."""
 
     info: ModelInfo
+    label: int  # the class that the prompt names
     scale: int
     quality: Literal["low", "medium", "high"]  # the quality that is used
     fields: Mapping[str, Any]  # the fields of the request to this service that differ from its defaults
@@ -39,13 +41,10 @@ class Plan:
 def plan_generation(body: ImageGenerationRequest, models: Mapping[str, ModelInfo], largest_request: int) -> Plan:
     """Returns how the images are generated. Raises InvalidRequest if the model does not permit a field."""
     info = _model_of(body, models)
-    if body.quality == "low" and info.name == DEFAULT_MODEL:
-        info = models.get(FAST_MODEL, info)
-    _check(body, info, largest_request)
-    scale = scale_of(body.size, info.image_shape[1])
-    if info.name == FAST_MODEL:
-        return Plan(info, scale, "low", _sampling(body))
-    return _with_steps(body, info, scale)
+    if body.quality == "low" and info is _default(models):
+        info = _fast(models) or info
+    plan = _planned(body, info, largest_request)
+    return replace(plan, quality="low") if info is _fast(models) else _with_steps(body, plan)
 
 
 def plan_edit(
@@ -63,11 +62,8 @@ def plan_edit(
         others = [name for name, each in models.items() if has_edits(each)]
         what_to_do = f". Use {either(others)}" if others else ""
         raise errors.InvalidRequest.of("model", f"The model '{info.name}' does not support edits{what_to_do}")
-    _check(body, info, largest_request)
-    scale = scale_of(body.size, info.image_shape[1])
-    if body.mask is not None:
-        return Plan(info, scale, "high", _sampling(body))
-    return _with_steps(body, info, scale)
+    plan = _planned(body, info, largest_request)
+    return plan if body.mask is not None else _with_steps(body, plan)
 
 
 def scale_of(size: str, side: int) -> int:
@@ -75,20 +71,21 @@ def scale_of(size: str, side: int) -> int:
 
     Raises InvalidRequest if there is none. The message names the nearest permitted sizes.
     """
+    most = max_scale_of(side)
     if size == AUTO:
-        return AUTO_SCALE
+        return min(max(1, AUTO_SIDE // side), most)
     match = _SIZE.fullmatch(size)
     if not match:
-        largest = size_name(side, MAX_SCALE)
+        largest = size_name(side, most)
         reason = f"Input should be '{AUTO}' or a size from {size_name(side, 1)} to {largest} in steps of {side} pixels"
         raise errors.InvalidRequest.of("size", reason)
     width, height = map(int, match.groups())
-    if width == height and width % side == 0 and width <= MAX_SCALE * side:
+    if width == height and width % side == 0 and width <= most * side:
         return width // side
     mean = (width + height) / 2 / side  # The square with this side is nearest to a size that is not square.
-    nearest = dict.fromkeys(min(max(scale, 1), MAX_SCALE) for scale in (int(mean), -int(-mean // 1)))
+    nearest = dict.fromkeys(min(max(scale, 1), most) for scale in (int(mean), -int(-mean // 1)))
     names = [size_name(side, scale) for scale in nearest]
-    reason = f"Images are square, and their sides are multiples of {side} pixels up to {MAX_SCALE * side}"
+    reason = f"Images are square, and their sides are multiples of {side} pixels up to {most * side}"
     raise errors.InvalidRequest.of("size", f"{reason}. The nearest permitted size is {' or '.join(names)}")
 
 
@@ -98,31 +95,47 @@ def size_name(side: int, scale: int) -> str:
 
 
 def _model_of(body: ImagesRequest, models: Mapping[str, ModelInfo]) -> ModelInfo:
+    if body.model is None:
+        return _default(models)
     if body.model in models:
         return models[body.model]
     if body.model.startswith(OPENAI_MODELS):
-        return models[DEFAULT_MODEL]
+        return _default(models)
     raise errors.InvalidRequest.of("model", f"Input should be {either(models)}, or the name of an OpenAI image model")
 
 
-def _check(body: ImagesRequest, info: ModelInfo, largest_request: int) -> None:
-    """Raises InvalidRequest if the settings or the model do not permit the request."""
+def _default(models: Mapping[str, ModelInfo]) -> ModelInfo:
+    return next(iter(models.values()))
+
+
+def _fast(models: Mapping[str, ModelInfo]) -> ModelInfo | None:
+    """Returns the model `fast` if it is served and generates the same images as the default model."""
+    fast, default = models.get(FAST_MODEL), _default(models)
+    is_same = fast and (fast.class_names, fast.image_shape) == (default.class_names, default.image_shape)
+    return fast if is_same else None
+
+
+def _planned(body: ImagesRequest, info: ModelInfo, largest_request: int) -> Plan:
+    """Returns the plan with the defaults of the model.
+
+    Raises InvalidRequest if the settings or the model do not permit the request.
+    """
     if body.n > largest_request:
         raise errors.InvalidRequest.of("n", f"Input should be less than or equal to {largest_request}")
-    if body.digit >= info.num_classes:
-        reason = f"The model '{info.name}' generates only the digits 0 to {info.num_classes - 1}. Name one of them"
-        raise errors.InvalidRequest.of("prompt", reason)
+    try:
+        label = label_of_prompt(body.prompt, info)
+    except ValueError as error:
+        raise errors.InvalidRequest.of("prompt", str(error)) from error
+    fields = {} if body.seed is None else {"seed": body.seed}
+    return Plan(info, label, scale_of(body.size, info.image_shape[1]), "high", fields)
 
 
-def _with_steps(body: ImagesRequest, info: ModelInfo, scale: int) -> Plan:
-    """Returns the plan for a model that permits several numbers of steps."""
+def _with_steps(body: ImagesRequest, plan: Plan) -> Plan:
+    """Returns the plan with the steps of the quality, if the model permits them."""
+    info = plan.info
     is_permitted = MEDIUM_SAMPLER in info.samplers and info.max_steps >= MEDIUM_STEPS
     is_permitted = is_permitted and (not info.steps or MEDIUM_STEPS in info.steps)
     if body.quality in ("low", "medium") and is_permitted:
         steps = {"num_steps": MEDIUM_STEPS, "sampler": MEDIUM_SAMPLER}
-        return Plan(info, scale, "medium", {**_sampling(body), **steps})
-    return Plan(info, scale, "high", _sampling(body))
-
-
-def _sampling(body: ImagesRequest) -> dict[str, Any]:
-    return {} if body.seed is None else {"seed": body.seed}
+        return replace(plan, quality="medium", fields={**plan.fields, **steps})
+    return plan

@@ -6,11 +6,10 @@ no meaning for this service are ignored. They are refused if the client would ge
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from app.api.http.picture_fields import Base64
-from app.api.openai.prompt import digit_of
-from app.engine.job import DEFAULT_MODEL, FAST_MODEL
+from app.engine.job import FAST_MODEL
 from app.tasks.fields import WHOLE, may_be_absent
 from model.png import MAX_SEED
 
@@ -22,11 +21,6 @@ GENERATION, EDIT = "image_generation", "image_edit"  # prefixes of the types of 
 UNSUPPORTED = ("markup", "svg")  # fields of OpenAI that are refused, unless they are null
 
 Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"]
-
-
-def _naming_one_digit(prompt: str) -> str:
-    digit_of(prompt)
-    return prompt
 
 
 def _refuse(value: Any) -> Any:
@@ -47,20 +41,21 @@ class ImagesRequest(BaseModel):
         Field(
             min_length=1,
             max_length=MAX_PROMPT,
-            description="A text that names exactly one digit, as a figure or an English word.",
+            description="A text that names exactly one class of the model. A digit is named as a figure or as an "
+            "English word.",
         ),
-        AfterValidator(_naming_one_digit),
     ]
     n: Annotated[int, Field(ge=1, le=MAX_IMAGES, description="Number of images."), WHOLE] = 1
     size: str = Field(
         default=AUTO,
-        description="Width and height: 1 to 16 times the size of the images of the model. auto: 10 times this size.",
+        description="Width and height: a multiple of the size of the images of the model. auto: about 280 pixels.",
     )
-    model: str = Field(
-        default=DEFAULT_MODEL,
+    model: str | None = Field(
+        default=None,
         max_length=128,
-        description="A served model. A name of an OpenAI model (gpt-image-..., dall-e-..., chatgpt-image-...) means "
-        f"`{DEFAULT_MODEL}`.",
+        description="A served model. Without it, or with the name of an OpenAI model (gpt-image-..., dall-e-..., "
+        "chatgpt-image-...), the default model is used: the first one in GET /models.",
+        json_schema_extra=may_be_absent,
     )
     quality: Quality = Field(default="auto")
     stream: bool = Field(
@@ -98,11 +93,6 @@ class ImagesRequest(BaseModel):
         """Removes optional fields that are null."""
         optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
         return {name: value for name, value in fields.items() if value is not None or name not in optional}
-
-    @property
-    def digit(self) -> int:
-        """The digit that the prompt names."""
-        return digit_of(self.prompt)
 
 
 class ImageGenerationRequest(ImagesRequest):

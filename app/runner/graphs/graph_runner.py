@@ -1,5 +1,6 @@
 """The runner on a GPU: runs the steps as CUDA graphs, and does not wait for them."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app.engine.interface import DeviceLostError, OutOfMemoryError, Reading
-from app.engine.job import DEFAULT_MODEL, GUIDED_EVALUATIONS, Pixels, StepRows, Trajectory
+from app.engine.interface import DeviceLostError, ModelInfo, OutOfMemoryError, Reading
+from app.engine.job import GUIDED_EVALUATIONS, ClipTarget, Pixels, StepRows, Trajectory
 from app.engine.step_times import StepTimes
 from app.runner.clip import ClipModel
 from app.runner.device import device_errors
-from app.runner.device_state import Plans, indices_of, labels_of, num_rows_of
+from app.runner.device_state import Plans, by_model, indices_of, labels_of, num_rows_of
 from app.runner.graphs.device import Array, Download, GraphDevice
 from app.runner.graphs.graph_calls import CALLS_AHEAD, GraphCalls
 from app.runner.graphs.new_rows import IS_SPECIAL, LABEL, PLAN_ROW, SKIPPED, NewRows, has_known
@@ -28,6 +29,7 @@ from app.runner.graphs.step_inputs import MOST_INPUTS, Call, PlainStep
 from app.runner.loaded_model import LoadedModel
 from app.runner.runner import Runner, compiler_errors
 from model.checkpoint import Checkpoint
+from model.clip import Clip
 from model.clip_guidance import guide_with_clip
 from model.sampler import COLUMN_OF_B
 from model.step import Rows, Stepped
@@ -35,7 +37,9 @@ from model.step import Rows, Stepped
 T = TypeVar("T")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # the numbers of rows for which warm-up measures the step time
 MOST_ROWS = BATCHES[-1]  # the largest number of rows for which graphs are captured before they are needed
-FIRST_SLOTS = 2047  # the initial number of slots; it is large, because all graphs are captured again when it grows
+# The initial number of slots of a model is large, because all graphs are captured again when it grows. It is limited by
+# the memory for the noise of their steps, which for T = 100 and images of 28 x 28 pixels is 650 MB.
+FIRST_SLOTS, MOST_NOISE_BYTES = 2047, 1 << 30
 # The initial size of the table of plans, for each model. It is large for the same reason. With T = 100, all plans of a
 # model have 515,100 rows, because /edit and /denoise can start at any timestep. The table then has 15 MB.
 PLAN_ROWS = 1 << 19
@@ -48,22 +52,26 @@ MOST_LARGER_STEPS = 200
 
 @dataclass(frozen=True, slots=True)
 class LateReading(Generic[T]):
-    """Values that the device copies to the host."""
+    """Values of each row that the device copies to the host, with one download for the rows of each model."""
 
-    download: Download
-    convert: Callable[[Tensor], T]
+    trajectories: Sequence[Trajectory]
+    # A download, and the function that converts its values to those of the rows of one model.
+    parts: Sequence[tuple[Download, Callable[[Tensor], Mapping[Trajectory, T]]]]
 
     def is_ready(self) -> bool:
         """Returns True if the values are on the host."""
-        return self.download.is_ready()
+        return all(download.is_ready() for download, _ in self.parts)
 
-    def wait(self) -> T:
+    def wait(self) -> list[T]:
         """Waits for the values. Raises DeviceLostError if the device has failed."""
-        try:
-            host = self.download.wait()
-        except Exception as error:
-            raise DeviceLostError("a step failed after it was enqueued on the device") from error
-        return self.convert(host)
+        values = dict[Trajectory, T]()
+        for download, convert in self.parts:
+            try:
+                host = download.wait()
+            except Exception as error:
+                raise DeviceLostError("a step failed after it was enqueued on the device") from error
+            values |= convert(host)
+        return [values[trajectory] for trajectory in self.trajectories]
 
 
 class GraphRunner(Runner):
@@ -73,7 +81,7 @@ class GraphRunner(Runner):
     step runs no Python code for each row, except if a row is special (see `is_special`).
     """
 
-    _slots: GraphSlots
+    _slots: dict[str, GraphSlots]  # type: ignore[assignment] # this runner makes its own
 
     def __init__(
         self,
@@ -86,7 +94,7 @@ class GraphRunner(Runner):
         most_rows: int = MOST_ROWS,
         fixed_rows: int | None = None,
     ) -> None:
-        """`num_slots` is the initial number of slots. `most_rows` limits the graphs that are captured in advance.
+        """`num_slots` limits the first slots of a model. `most_rows` limits the graphs that are captured in advance.
 
         With `fixed_rows`, each call is padded to this number of rows, or to the number of classes if that is larger.
         The kernels are then the same in each call, and those of cuDNN are deterministic, so that a row has the same
@@ -103,23 +111,31 @@ class GraphRunner(Runner):
         super().__init__(models, device.device, dtype, clip=clip)
         with torch.inference_mode():
             self._steps = GraphCalls(device, MOST_INPUTS)
-            null_label = self._models[DEFAULT_MODEL].program.null_label
-            self._new = NewRows(device, self._slots, self._plans, null_label)
-        self._versions = self._slots.version, len(self._plans.table)  # of the tensors that the graphs use
+            self._new = {
+                name: NewRows(device, self._slots[name], self._plans, model.program.null_label)
+                for name, model in self._models.items()
+            }
+        self._versions = self._current_versions()  # of the tensors that the graphs use
         self._missing: dict[tuple[str, Shape], None] = {}  # graphs to capture in idle time; the last one is the next
         self._larger: dict[tuple[str, Shape], Shape | None] = {}  # the larger graph for a shape that is not captured
         self._num_larger = Counter[tuple[str, Shape]]()  # the number of steps with a larger graph, by exact graph
         self._trajectories: list[Trajectory] | None = None  # the rows of the last step
         self._slots_of_rows: Array = np.zeros(0, dtype=np.int64)  # (B,)
-        self._is_plain = True  # True if no row is special
+        self._model = self._models[self.default_model]  # of the rows of the last step, if all have the same one
+        self._is_plain = True  # True if no row is special and all rows have the same model
         self._plain: PlainStep | None = None  # the last step, if no row was special
 
     def _new_plans(self) -> Plans:
         return Plans(self.device, PLAN_ROWS * len(self.models))
 
-    def _new_slots(self, num_labels: int) -> GraphSlots:
-        noise_steps = max(info.max_steps for info in self.models.values())
-        return GraphSlots(self._num_slots, self.image_shape, self._gpu, num_labels, noise_steps)
+    def _new_slots(self, info: ModelInfo) -> GraphSlots:
+        noise_steps = max(info.steps, default=info.max_steps)
+        fitting = MOST_NOISE_BYTES // (torch.float32.itemsize * (1 + noise_steps) * math.prod(info.image_shape))
+        count = min(self._num_slots, max(1, fitting))
+        return GraphSlots(count, info.image_shape, self._gpu, 1 + info.num_classes, noise_steps)
+
+    def _current_versions(self) -> tuple[int, ...]:
+        return len(self._plans.table), *(slots.version for slots in self._slots.values())
 
     def step(self, rows: StepRows, before_call: Callable[[], None] = lambda: None) -> list[Trajectory]:
         """Enqueues one reverse step of each row. Returns [], because readings have None for rows that are not finite.
@@ -131,7 +147,7 @@ class GraphRunner(Runner):
         with torch.inference_mode(), device_errors():
             self._drop_outdated_graphs()  # The last step may have failed after it had replaced tensors.
             self._take(trajectories)
-            if self._new.refill_noise(rows):
+            if self._refill_noise(rows):
                 self._plain = None
             calls = [self._plain_inputs(rows)] if self._is_plain else self._inputs(trajectories)
             before_call()
@@ -142,27 +158,30 @@ class GraphRunner(Runner):
 
     def pixels(self, trajectories: list[Trajectory]) -> Reading[Sequence[Pixels | None]]:
         """Reads the current prediction of x_0 of each image, as 8-bit pixels. It is black before the first step."""
-        return self._read(trajectories, self._slots.read, lambda images: images[0])
+        return self._read(trajectories, GraphSlots.read, lambda images: images[0])
 
     def pixels_with_x_t(self, trajectories: list[Trajectory]) -> Reading[Sequence[tuple[Pixels, Pixels] | None]]:
         """Reads the current prediction of x_0 and the current x_t of each image, as 8-bit pixels."""
-        return self._read(trajectories, self._slots.read_with_x_t, lambda images: (images[0], images[1]))
+        return self._read(trajectories, GraphSlots.read_with_x_t, lambda images: (images[0], images[1]))
 
     def errors(self, trajectories: list[Trajectory]) -> Reading[Sequence[Sequence[float] | None]]:
         """Reads the errors of the remaining classes in the last step, for rows that compare the classes."""
-        pairs = [
-            [(slot, label) for slot, labels in labels_of(trajectory, 0) for label in labels]
-            for trajectory in trajectories
-        ]
+        with torch.inference_mode(), device_errors():
+            groups = by_model(trajectories).items()
+            return LateReading(trajectories, [self._read_errors(self._slots[name], own) for name, own in groups])
+
+    def _read_errors(
+        self, of: GraphSlots, trajectories: list[Trajectory]
+    ) -> tuple[Download, Callable[[Tensor], dict[Trajectory, Sequence[float] | None]]]:
+        """Reads the errors of rows of one model."""
+        pairs = [[(slot, label) for slot, labels in labels_of(row, 0) for label in labels] for row in trajectories]
         places = np.array([pair for own in pairs for pair in own], dtype=np.int64).reshape(-1, 2)  # (N, 2)
 
-        def convert(host: Tensor) -> list[Sequence[float] | None]:
+        def convert(host: Tensor) -> dict[Trajectory, Sequence[float] | None]:
             errors = iter(host.tolist())
-            return [[next(errors) for _ in own] for own in pairs]
+            return {row: [next(errors) for _ in own] for row, own in zip(trajectories, pairs, strict=True)}
 
-        with torch.inference_mode(), device_errors():
-            download = self._gpu.read(lambda places: self._slots.error[places[:, 0], places[:, 1]], places)
-        return LateReading(download, convert)
+        return self._gpu.read(lambda places: of.error[places[:, 0], places[:, 1]], places), convert
 
     def release(self, trajectories: list[Trajectory]) -> None:
         """Releases the slots of the trajectories. New rows in these slots begin after all enqueued work."""
@@ -178,7 +197,8 @@ class GraphRunner(Runner):
         larger than those before it would need new memory.
         """
         with torch.inference_mode(), device_errors():
-            self._new.capture()
+            for new in self._new.values():
+                new.capture()
         if self._fixed:
             first = [(name, self._fixed) for name in self.models]
             others: list[tuple[str, Shape]] = []
@@ -186,8 +206,8 @@ class GraphRunner(Runner):
             # A compiled step is compiled here, for each model. Otherwise a request could wait for a compilation.
             compiled = [name for name, info in self.models.items() if info.compiled]
             first = [(name, shape) for name in compiled for shape in shapes_to_compile()]
-            first += [(DEFAULT_MODEL, shape) for shape in first_shapes(self._most_rows)]
-            others = [(DEFAULT_MODEL, shape) for shape in all_shapes(self._most_rows)]
+            first += [(self.default_model, shape) for shape in first_shapes(self._most_rows)]
+            others = [(self.default_model, shape) for shape in all_shapes(self._most_rows)]
         first = list(dict.fromkeys(first))
         self._missing = dict.fromkeys(reversed(dict.fromkeys([*first, *others])))
         for _ in first:
@@ -197,7 +217,7 @@ class GraphRunner(Runner):
         if self._fixed:  # all steps take the same time
             sizes, rows = (self._fixed.rows, self._fixed.evaluations), self._fixed.rows
             of_models = {name: dict.fromkeys(sizes, times.of(name).seconds(rows)) for name in self.models}
-            return StepTimes(of_models[DEFAULT_MODEL], times.clip_seconds, of_models)
+            return StepTimes(of_models[self.default_model], times.clip_seconds, of_models)
         return times
 
     @property
@@ -213,14 +233,15 @@ class GraphRunner(Runner):
     @property
     def has_idle_work(self) -> bool:
         """Returns True if there are graphs to capture."""
-        return bool(self._missing or self._new.missing)
+        return bool(self._missing) or any(new.missing for new in self._new.values())
 
     def idle(self) -> None:
         """Captures one more graph."""
         with torch.inference_mode(), suppress(OutOfMemoryError), device_errors():
-            if self._new.missing:
-                self._new.capture_next()
-                return
+            for new in self._new.values():
+                if new.missing:
+                    new.capture_next()
+                    return
             while self._missing:
                 (name, shape), _ = self._missing.popitem()
                 if (name, shape) not in self._steps:
@@ -248,16 +269,28 @@ class GraphRunner(Runner):
             self._begin(begun)
             slots[new] = [trajectory.first_slot for trajectory in begun]
         self._slots_of_rows = slots
-        self._is_plain = not self._new.facts[IS_SPECIAL, self._slots_of_rows].any()
+        name, *others = {trajectory.job.request.options.model for trajectory in trajectories}
+        self._model = self._models[name]
+        self._is_plain = not others and not self._new[name].facts[IS_SPECIAL, slots].any()
         self._trajectories = trajectories
 
     def _begin(self, trajectories: list[Trajectory]) -> None:
         for row in trajectories:
             row.first_plan_row = self._first_plan_row(row.options)  # This can replace the table of plans.
-        slots = np.array(self._slots.next_slots(trajectories), dtype=np.int64)
-        self._drop_outdated_graphs()
-        self._new.begin(trajectories, slots)
-        self._slots.assign(trajectories)
+        for name, own in by_model(trajectories).items():
+            slots = np.array(self._slots[name].next_slots(own), dtype=np.int64)
+            self._drop_outdated_graphs()
+            self._new[name].begin(own, slots)
+            self._slots[name].assign(own)
+
+    def _refill_noise(self, rows: StepRows) -> bool:
+        """Draws noise for the rows of each model (see NewRows.refill_noise). Returns True if one of them got some."""
+        refilled = False
+        for name, new in self._new.items():
+            if new.can_use_all_noise:
+                places = [place for place, row in enumerate(rows.trajectories) if row.options.model == name]
+                refilled |= new.refill_noise([rows.trajectories[place] for place in places], rows.steps[places])
+        return refilled
 
     def _plain_inputs(self, rows: StepRows) -> tuple[tuple[str, Shape], Array]:
         """Returns the graph of a step without special rows, and its inputs."""
@@ -274,18 +307,19 @@ class GraphRunner(Runner):
 
     def _plain_call(self, rows: StepRows) -> Call:
         """Returns the call of a step in which each row has one evaluation, or two if it is guided."""
-        model, slots, count = self._models[DEFAULT_MODEL], self._slots_of_rows, len(self._slots_of_rows)
+        model, slots, count = self._model, self._slots_of_rows, len(self._slots_of_rows)
+        facts = self._new[model.info.name].facts
         guided = np.flatnonzero(rows.sizes == GUIDED_EVALUATIONS)
-        label = np.concatenate([self._new.facts[LABEL, slots], np.full(len(guided), model.program.null_label)])
+        label = np.concatenate([facts[LABEL, slots], np.full(len(guided), model.program.null_label)])
         second = np.arange(count)
         second[guided] = count + np.arange(len(guided))
-        plan_row = self._new.facts[PLAN_ROW, slots] + rows.steps
+        plan_row = facts[PLAN_ROW, slots] + rows.steps
         return Call(
             model,
             np.concatenate([slots, slots[guided]]),
             np.concatenate([plan_row, plan_row[guided]]),
             label,
-            1 + rows.steps - self._new.facts[SKIPPED, slots],
+            1 + rows.steps - facts[SKIPPED, slots],
             second,
             has_known=False,
         )
@@ -310,10 +344,8 @@ class GraphRunner(Runner):
 
     def _inputs(self, trajectories: list[Trajectory]) -> list[tuple[tuple[str, Shape], Array]]:
         """Returns the graphs of the models and their inputs, for any rows."""
-        by_model: dict[str, list[Trajectory]] = {}
-        for trajectory in trajectories:
-            by_model.setdefault(trajectory.job.request.options.model, []).append(trajectory)
-        calls = [self._call_of(self._models[name], part) for name, own in by_model.items() for part in self._split(own)]
+        groups = by_model(trajectories).items()
+        calls = [self._call_of(self._models[name], part) for name, own in groups for part in self._split(own)]
         shapes = [self._graph_for(call) for call in calls]
         return [((call.model.info.name, s), call.inputs(s)) for call, s in zip(calls, shapes, strict=True)]
 
@@ -333,7 +365,7 @@ class GraphRunner(Runner):
 
     def _call_of(self, model: LoadedModel, trajectories: list[Trajectory]) -> Call:
         slot, plan_row, label, step, second = map(np.array, indices_of(trajectories, model.program.null_label))
-        step = step - self._new.facts[SKIPPED, slot[: len(step)]]
+        step = step - self._new[model.info.name].facts[SKIPPED, slot[: len(step)]]
         return Call(model, slot, plan_row, label, step, second, any(map(has_known, trajectories)))
 
     def _graph_for(self, call: Call) -> Shape:
@@ -372,73 +404,88 @@ class GraphRunner(Runner):
 
     def _run_step(self, model: LoadedModel, shape: Shape) -> None:
         """Does the work of a step: reads the rows from their slots, and writes the results to the slots."""
-        B, N = shape.rows, shape.evaluations
+        B, N, slots = shape.rows, shape.evaluations, self._slots[model.info.name]
         rows = Rows(*self._steps.inputs[: 3 * N + 2 * B].split([N, N, N, B, B]))
-        state = self._slots.state if shape.has_known else self._slots.plain_state
+        state = slots.state if shape.has_known else slots.plain_state
         stepped = model.step(state, self._plans.table, rows)
-        self._slots.store(rows.slots, stepped)
+        slots.store(rows.slots, stepped)
         if shape.has_known:
-            self._slots.write_errors(rows.slot, rows.label, stepped.error)
+            slots.write_errors(rows.slot, rows.label, stepped.error)
 
     def _drop_outdated_graphs(self) -> None:
         """Removes the graphs if tensors that they use were replaced by larger ones. They are missing from then on."""
-        versions = self._slots.version, len(self._plans.table)
+        versions = self._current_versions()
         if versions != self._versions:
             self._versions, self._plain = versions, None
             removed = reversed(list(self._steps))  # the first one was the largest, and is the next to be captured
             self._missing |= dict.fromkeys(removed)
             self._steps.clear()
-            self._new.clear()
+            for new in self._new.values():
+                new.clear()
             self._larger.clear()
 
     def _guide(self, trajectories: list[Trajectory]) -> None:
         """Enqueues CLIP guidance for the rows that have it in this step. It changes the results of the step."""
-        guided = [(row, row.clip) for row in trajectories if row.clip]
-        if self.clip is None or not guided:
-            return
-        clip = self.clip.clip
+        if self.clip:
+            for name, own in by_model(trajectories).items():
+                if guided := [(row, row.clip) for row in own if row.clip]:
+                    self._guide_rows(self.clip.clip, self._slots[name], guided)
+
+    def _guide_rows(self, clip: Clip, of: GraphSlots, guided: list[tuple[Trajectory, ClipTarget]]) -> None:
+        """Enqueues CLIP guidance for rows of one model."""
         slots = np.array([row.first_slot for row, _ in guided], dtype=np.int64)  # (M,)
         plan_row = np.array([row.first_plan_row + row.step for row, _ in guided], dtype=np.int64)  # (M,)
         text = np.stack([target.text for _, target in guided])  # (M, E)
         scale = np.array([target.scale for _, target in guided], dtype=np.float32)
 
         def guide(slots: Tensor, plan_row: Tensor, text: Tensor, scale: Tensor) -> None:
-            state = self._slots.state
+            state = of.state
             b = self._plans.table[plan_row, COLUMN_OF_B]  # (M,)
-            stepped = Stepped(state.x_t[slots], state.x_0[slots], scale.new_zeros(0), self._slots.finite[slots])
+            stepped = Stepped(state.x_t[slots], state.x_0[slots], scale.new_zeros(0), of.finite[slots])
             chosen = torch.arange(len(slots), device=slots.device)  # (M,)
-            self._slots.store(slots, guide_with_clip(clip, stepped, chosen, b, text, scale))
+            of.store(slots, guide_with_clip(clip, stepped, chosen, b, text, scale))
 
         self._gpu.enqueue(guide, slots, plan_row, text, scale)
 
     def _read(
         self,
         trajectories: list[Trajectory],
-        read: Callable[[Tensor], Tensor],
+        read: Callable[[GraphSlots, Tensor], Tensor],
         of_row: Callable[[Array], T],
     ) -> Reading[Sequence[T | None]]:
         """Reads 8-bit images (n, H, W[, C]) of each row. `of_row` converts those of one row.
 
         The images of a row before its first step are black. A row that is not finite has None.
         """
+        with torch.inference_mode(), device_errors():
+            groups = by_model(trajectories).items()
+            parts = [self._read_rows(self._slots[name], own, read, of_row) for name, own in groups]
+        return LateReading(trajectories, parts)
+
+    def _read_rows(
+        self,
+        of: GraphSlots,
+        trajectories: list[Trajectory],
+        read: Callable[[GraphSlots, Tensor], Tensor],
+        of_row: Callable[[Array], T],
+    ) -> tuple[Download, Callable[[Tensor], dict[Trajectory, T | None]]]:
+        """Reads the images of rows of one model."""
         begun = [trajectory for trajectory in trajectories if trajectory.slots]
         place = {trajectory: i for i, trajectory in enumerate(begun)}
-        C, H, W = self.image_shape
+        C, H, W = of.state.x_0.shape[1:]
         slots = np.array([trajectory.slots[0] for trajectory in begun], dtype=np.int64)
 
-        def convert(host: Tensor) -> list[T | None]:
+        def convert(host: Tensor) -> dict[Trajectory, T | None]:
             values = host.numpy()
             num_images = values.shape[1] // (C * H * W)
             images = values[:, 1:].reshape(len(values), num_images, C, H, W)
             images = images[:, :, 0] if C == 1 else images.transpose(0, 1, 3, 4, 2)  # (n, images, H, W[, C])
             black = np.zeros((2, *images.shape[2:]), dtype=np.uint8)
-            results: list[T | None] = []
+            results: dict[Trajectory, T | None] = {}
             for trajectory in trajectories:
                 at = place.get(trajectory)
                 is_finite = at is None or bool(values[at, 0])
-                results.append(of_row(black if at is None else images[at]) if is_finite else None)
+                results[trajectory] = of_row(black if at is None else images[at]) if is_finite else None
             return results
 
-        with torch.inference_mode(), device_errors():
-            download = self._gpu.read(read, slots)
-        return LateReading(download, convert)
+        return self._gpu.read(partial(read, of), slots), convert

@@ -1,19 +1,21 @@
 """Begins rows on a device that runs CUDA graphs: draws their noise and writes their first state."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 
-from app.engine.job import DEFAULT_MODEL, StepRows, Trajectory
+from app.engine.job import Trajectory
 from app.runner.device_state import Plans
 from app.runner.graphs.device import Array, GraphDevice
 from app.runner.graphs.graph_calls import GraphCalls
 from app.runner.graphs.row_state import GraphSlots
+from model.spec import MNIST_SHAPE
 
 # The smallest and the largest number of noise images that are drawn together. An image with 100 steps needs 100.
-# Drawing 8,192 uses 200 MB for temporary tensors.
+# Drawing 8,192 of 28 x 28 pixels uses 200 MB for temporary tensors. Of larger images, fewer are drawn together.
 FEWEST_DRAWS, MOST_DRAWS = 128, 8192
 FEWEST_ROWS, MOST_ROWS = 8, 512  # the smallest and the largest number of rows that are begun together
 # The indices of the facts about a row. SKIPPED is the number of finished steps whose noise is no longer stored.
@@ -21,7 +23,7 @@ LABEL, IS_SPECIAL, PLAN_ROW, SKIPPED, _SEED, _INDEX, _NUM_NOISY = range(7)
 
 
 class NewRows:
-    """Begins rows. `facts` has the values that later steps need: a column for each slot."""
+    """Begins rows of one model. `facts` has the values that later steps need: a column for each slot."""
 
     def __init__(
         self,
@@ -31,7 +33,8 @@ class NewRows:
         null_label: int,
     ) -> None:
         self._gpu, self._slots, self._plans, self._null_label = device, slots, plans, null_label
-        self._draws, self._starts = GraphCalls(device, 4 * MOST_DRAWS), GraphCalls(device, 2 * MOST_ROWS)
+        self._most_draws = _fitting(MOST_DRAWS, math.prod(slots.state.x_t.shape[1:]), FEWEST_DRAWS)
+        self._draws, self._starts = GraphCalls(device, 4 * self._most_draws), GraphCalls(device, 2 * MOST_ROWS)
         self.missing: list[Callable[[], None]] = []  # captures of graphs; the last one is the next
         self._most_steps = 0  # the largest number of steps of a row until now
         self.facts: Array = np.zeros((7, 0), dtype=np.int64)  # (facts, slots)
@@ -54,7 +57,7 @@ class NewRows:
 
     def _add_missing(self) -> None:
         starts = [partial(self._capture_starts, size) for size in _sizes(FEWEST_ROWS, MOST_ROWS)]
-        draws = [partial(self._capture_draws, size) for size in _sizes(FEWEST_DRAWS, MOST_DRAWS)]
+        draws = [partial(self._capture_draws, size) for size in _sizes(FEWEST_DRAWS, self._most_draws)]
         self.missing = [*starts, *draws]
 
     def begin(self, trajectories: Sequence[Trajectory], slots: Array) -> None:
@@ -75,19 +78,20 @@ class NewRows:
         self._start(slots, scale.view(np.int32))
         self._give_images(rows, slots)
 
-    def refill_noise(self, rows: StepRows) -> bool:
-        """Draws the noise of the next steps for rows that have used all their noise.
+    @property
+    def can_use_all_noise(self) -> bool:
+        """Returns True if a row has more than `noise_steps` steps, the number whose noise fits into a slot."""
+        return self._most_steps > self._slots.noise_steps
 
-        This happens only for rows with more than `noise_steps` steps, the number whose noise fits into a slot. Returns
-        True if the number of skipped steps of a row has changed.
+    def refill_noise(self, trajectories: Sequence[Trajectory], steps: Array) -> bool:
+        """Draws the noise of the next steps for rows that have used all their noise. `steps` (B,) are their steps.
+
+        Returns True if the number of skipped steps of a row has changed.
         """
         most = self._slots.noise_steps
-        if self._most_steps <= most:
-            return False
-        due = np.flatnonzero((rows.steps > 0) & (rows.steps % most == 0))
-        trajectories = [rows.trajectories[place] for place in due.tolist()]
-        slots = np.array([slot for trajectory in trajectories for slot in trajectory.slots], dtype=np.int64)
-        done = np.repeat(rows.steps[due], [len(trajectory.slots) for trajectory in trajectories])
+        due = np.flatnonzero((steps > 0) & (steps % most == 0)).tolist()
+        slots = np.array([slot for place in due for slot in trajectories[place].slots], dtype=np.int64)
+        done = np.repeat(steps[due], [len(trajectories[place].slots) for place in due])
         is_new = self.facts[SKIPPED, slots] < done  # False if a failed step is repeated
         slots, done = slots[is_new], done[is_new]
         if len(slots):
@@ -116,7 +120,7 @@ class NewRows:
 
     def _draw(self, draws: Array) -> None:
         """Enqueues drawing noise images. `draws` (4, D) has the arguments of `GraphSlots.draw`."""
-        for part in np.split(draws, range(MOST_DRAWS, draws.shape[1], MOST_DRAWS), axis=1):
+        for part in np.split(draws, range(self._most_draws, draws.shape[1], self._most_draws), axis=1):
             if count := part.shape[1]:
                 size = _size(count, FEWEST_DRAWS)
                 self._capture_draws(size)
@@ -162,15 +166,23 @@ class NewRows:
 def is_special(row: Trajectory) -> bool:
     """Returns True for rows that a step handles one by one.
 
-    These are rows with known pixels, with CLIP guidance or of another model than the default one, and rows that compare
-    the classes.
+    These are rows with known pixels or with CLIP guidance, and rows that compare the classes.
     """
-    return has_known(row) or row.job.request.clip is not None or row.options.model != DEFAULT_MODEL
+    return has_known(row) or row.job.request.clip is not None
 
 
 def has_known(row: Trajectory) -> bool:
     """Returns True for rows that have known pixels or compare the classes."""
     return row.comparison is not None or (row.input is not None and row.input.is_known is not None)
+
+
+def _fitting(most: int, num_pixels: int, fewest: int) -> int:
+    """Returns how many images of `num_pixels` values have at most as many values as `most` images of MNIST.
+
+    The result is a power of two from `fewest` to `most`.
+    """
+    fitting = max(1, most * math.prod(MNIST_SHAPE) // num_pixels)
+    return max(fewest, min(most, 1 << (fitting.bit_length() - 1)))
 
 
 def _size(count: int, fewest: int) -> int:

@@ -82,4 +82,4 @@ class Painter:
 
 def sheet_of(x_0: Tensor) -> bytes:
     """Returns a contact sheet of (B, 1, H, W) in [-1, 1] as a PNG."""
-    return encode_pixels(arrange(x_0.cpu(), num_digits=1).numpy())
+    return encode_pixels(arrange(x_0.cpu(), num_classes=1).numpy())

@@ -38,10 +38,10 @@ def test_slots_grow_and_are_reused_after_release(loaded: Checkpoint) -> None:
     assert len({row.slots for row in rows}) == 150
     assert equal(draw(runner, rows), expected)
     assert not any(row.slots for row in rows)
-    size = len(runner._slots.state.seed)
+    size = len(runner._slots["default"].state.seed)
     for _ in range(5):
         draw(runner, rows_of(150, num_steps=1))
-    assert len(runner._slots.state.seed) == size
+    assert len(runner._slots["default"].state.seed) == size
 
 
 def test_second_release_of_a_row_has_no_effect(loaded: Checkpoint) -> None:
@@ -152,13 +152,13 @@ def test_row_can_start_again_after_its_start_failed(loaded: Checkpoint, monkeypa
     """The slot may contain the state of an earlier image."""
     runner = new_runner(loaded)
     expected = draw(runner, rows_of(4, seed=5))
-    rows, write = rows_of(4, seed=5), runner._slots.write
+    rows, write = rows_of(4, seed=5), runner._slots["default"].write
 
     def fail(*args: object, **named: object) -> None:
-        monkeypatch.setattr(runner._slots, "write", write)
+        monkeypatch.setattr(runner._slots["default"], "write", write)
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(runner._slots, "write", fail)
+    monkeypatch.setattr(runner._slots["default"], "write", fail)
     with pytest.raises(OutOfMemoryError):
         runner.step(StepRows.of(rows))
     assert not any(row.slots for row in rows)
@@ -192,7 +192,7 @@ def test_out_of_memory_in_a_step_keeps_the_state_or_raises_device_lost(loaded: C
     """All memory is allocated before the first write. DeviceLostError is raised only by a later write or read."""
     runner, rows = new_runner(loaded), rows_of(2, num_steps=2)
     step(runner, rows)
-    parts = [*runner._slots.state]
+    parts = [*runner._slots["default"].state]
     before = [part.clone() for part in parts]
     with OutOfMemoryAt(-1) as counted, torch.inference_mode():
         runner.step(StepRows.of(rows))
@@ -239,7 +239,7 @@ def test_failed_write_raises_device_lost_only_after_another_write(
 ) -> None:
     runner, rows = new_runner(loaded), rows_of(2)
     step(runner, rows)
-    write, done = runner._slots.write, list[Tensor]()
+    write, done = runner._slots["default"].write, list[Tensor]()
 
     def fail(slots: Tensor, **named: Tensor) -> None:
         if len(done) == num_writes:
@@ -247,7 +247,7 @@ def test_failed_write_raises_device_lost_only_after_another_write(
         done.append(slots)
         write(slots, **named)
 
-    monkeypatch.setattr(runner._slots, "write", fail)
+    monkeypatch.setattr(runner._slots["default"], "write", fail)
     with pytest.raises(expected):
         runner.step(StepRows.of(rows))
 

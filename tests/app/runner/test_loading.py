@@ -13,7 +13,7 @@ from app.runner.load import load_runner
 from app.runner.runner import Runner
 from app.settings import Settings
 from model import checkpoint
-from model.checkpoint import Checkpoint, CheckpointConfig
+from model.checkpoint import Checkpoint, CheckpointConfig, Probe
 from model.compiled.compiler import CompilerError
 from model.precision import fast_dtype
 from model.schedule import ScheduleConfig
@@ -81,13 +81,19 @@ def test_fast_checkpoint_is_served_as_a_second_model(path: Path) -> None:
     assert models["fast"].name == "fast"
 
 
-@pytest.mark.parametrize("size", [16, 32])
-def test_error_for_a_different_image_shape_has_both_shapes(path: Path, tmp_path: Path, size: int) -> None:
-    network = tiny_unet(image_size=size)
-    file = tmp_path / "larger.safetensors"
-    checkpoint.save(file, network, CheckpointConfig(unet=network.config, schedule=ScheduleConfig()))
-    with pytest.raises(RunnerError, match=f"must have the same image shape, but have 1x{size}x{size} and "):
-        load_runner(Settings(checkpoint=path, fast_checkpoint=file, device="cpu"))
+def test_models_of_any_shape_are_served_in_their_order(path: Path, tmp_path: Path) -> None:
+    network = tiny_unet(image_size=16, image_channels=3, num_classes=2)
+    file = tmp_path / "colour.safetensors"
+    config = CheckpointConfig(network.config, ScheduleConfig(), class_names=("cat", "dog"), probe=Probe(digit=1))
+    checkpoint.save(file, network, config)
+    models = load_runner(Settings(models={"pets": file, "digits": path}, device="cpu", compile="off")).models
+    assert [(name, info.image_shape) for name, info in models.items()] == [("pets", (3, 16, 16)), ("digits", (1, 8, 8))]
+    assert models["pets"].class_names == ("cat", "dog")
+
+
+def test_error_for_a_missing_model_names_its_setting(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match=r"^UNFOG_MODELS: .*nothing\.safetensors cannot be read"):
+        load_runner(Settings(models={"a": path, "b": tmp_path / "nothing.safetensors"}))
 
 
 def test_error_for_a_missing_fast_checkpoint_names_its_setting(path: Path, tmp_path: Path) -> None:

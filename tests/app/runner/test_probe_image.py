@@ -23,10 +23,10 @@ def test_warm_up_checks_the_probe_image_of_each_model(loaded: Checkpoint, other:
 
 def test_warm_up_measures_step_times_and_releases_all_slots(loaded: Checkpoint) -> None:
     runner = new_runner(loaded)
-    before = len(runner._slots._free)
+    before = len(runner._slots["default"]._free)
     step_times = runner.warm_up(lambda: False)
     assert step_times.step_seconds(64) > 0
-    assert len(runner._slots._free) == before
+    assert len(runner._slots["default"]._free) == before
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [({4: 1.0, 3: 2.0}, 1.0), ({4: 9.0, 3: 2.0}, 2.0)])

@@ -122,7 +122,7 @@ def test_errors_of_a_recognition_row_equal_those_of_the_offline_classifier(loade
     assert len(errors) == len(expected.errors)
     for of_row, of_classes in zip(errors, expected.errors, strict=True):
         assert of_row == pytest.approx(list(of_classes.values()), rel=1e-3)
-    assert row.comparison.label == expected.digit
+    assert row.comparison.label == expected.label
     assert pixels == pixels_of(image)
 
 
@@ -154,7 +154,7 @@ def test_errors_of_a_search_equal_those_of_the_offline_search(
     )
     sums = [each.distances if isinstance(each, ClassDistances) else each.sums for each in (comparison, unused)]  # type: ignore[union-attr]
     assert sums[0] == pytest.approx(sums[1], rel=1e-3)
-    assert comparison.label == unused.digit  # type: ignore[union-attr]
+    assert comparison.label == unused.label  # type: ignore[union-attr]
     assert len({each for each in sums[0] if each < float("inf")}) > 1
 
 

@@ -14,7 +14,7 @@ from app.tasks.images import encode_base64, encode_image, encode_images, encode_
 from model.png import Provenance
 
 PROVENANCE = Provenance(
-    digit=7, seed=2**53 - 1, sampler="ddim", num_steps=20, guidance_scale=1.5, model_sha256="ab" * 32
+    labels=("7",), seed=2**53 - 1, sampler="ddim", num_steps=20, guidance_scale=1.5, model_sha256="ab" * 32
 )
 
 
@@ -58,6 +58,7 @@ def test_every_png_contains_its_provenance() -> None:
         assert chunks == {
             "Software": f"unfog {VERSION}",
             "Digit": "7",
+            "Label": "7",
             "Seed": "9007199254740991",
             "Index": str(index),
             "Sampler": "ddim",

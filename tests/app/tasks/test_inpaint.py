@@ -10,7 +10,7 @@ from app.tasks.inpaint import InpaintFields, MaskedPicture
 from model.noisy_image import NUM_PAIRS, ODDS_SCALE, PREDICTION_VARIANCE
 from tests.app.api.examples import REQUESTS
 from tests.app.application import run
-from tests.app.fakes import FakeRunner, recognised_class
+from tests.app.fakes import INFO, FakeRunner, recognised_class
 from tests.app.picture_samples import encode, grey
 
 NOISY: dict[str, Any] = REQUESTS["/denoise"]["sample"]
@@ -61,8 +61,8 @@ def test_enlarged_picture_keeps_every_pixel_outside_of_the_mask(factor: int, off
     white[14 * factor - offset :] = 255
     masked = MaskedPicture()
     fields = InpaintFields(invert=False)
-    masked.read_mask(fields, encode(grey(white), "PNG"))
-    image = masked.read_image(fields, encode(grey(np.kron(pixels, np.ones((factor, factor), np.uint8))), "PNG"))
+    masked.read_mask((fields, INFO), encode(grey(white), "PNG"))
+    image = masked.read_image((fields, INFO), encode(grey(np.kron(pixels, np.ones((factor, factor), np.uint8))), "PNG"))
     first = 14 - bool(offset)
     assert masked.redrawn[0].all(axis=1).tolist() == [row >= first for row in range(28)]
     assert not masked.redrawn[0, :first].any()
@@ -72,8 +72,8 @@ def test_enlarged_picture_keeps_every_pixel_outside_of_the_mask(factor: int, off
 def inpainted(mask: Pixels, image: Pixels, **options: Any) -> tuple[Pixels, Pixels]:
     """Returns the mask and the image after they were resized."""
     masked, fields = MaskedPicture(), InpaintFields(**options)
-    masked.read_mask(fields, encode(grey(mask), "PNG"))
-    resized = masked.read_image(fields, encode(grey(image), "PNG"))
+    masked.read_mask((fields, INFO), encode(grey(mask), "PNG"))
+    resized = masked.read_image((fields, INFO), encode(grey(image), "PNG"))
     return masked.redrawn[0], resized.pixels[0].numpy()
 
 

@@ -23,7 +23,7 @@ GREY = replace(INFO, image_shape=(1, 2, 3))
 COLOUR = replace(INFO, name="colour", sha256="c" * 64, image_shape=(3, 2, 3))
 FAST = replace(INFO, name="fast", sha256="f" * 64, image_shape=(1, 2, 3), steps=(4,), samplers=("ddim",))
 MODELS = {"default": GREY, "colour": COLOUR, "fast": FAST}
-PROVENANCE = Provenance(7, 42, "ddim", 20, 1.5, GREY.sha256)
+PROVENANCE = Provenance(("7",), 42, "ddim", 20, 1.5, GREY.sha256)
 CLIP = ClipInfo("embedded", "e" * 64)
 SHAPES = {"default": (2, 3), "colour": (2, 3, 3)}
 
@@ -148,7 +148,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "without the digest": (encode_image(picture(), 1, {**PROVENANCE.text(0), "Model-SHA256": ""}), "Model-SHA256 must"),
     "another task": (having(Task="edit"), "was made from another picture"),
     "another checkpoint": (having(Model_SHA256="e" * 64), f"{'e' * 64}, which is not served. .* 'fast' \\(f{{64}}\\)"),
-    "several digits": (having(Digit="7,2"), "several digits.* scripts.sample --like"),
+    "several classes": (having(Digit="7,2"), "several classes.* scripts.sample --like"),
     "too many images": (having(Index="0-64"), "has 65 images. At most 64"),
     "huge range": (having(Index="0-999999999"), "The text chunk Index must be"),
     "range without a sheet": (having(Index="0-8"), "has 3 x 2 pixels. .*\\(9\\), .* 9 x 6 pixels"),

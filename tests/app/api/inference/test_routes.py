@@ -382,7 +382,7 @@ def test_images_are_counted_by_digit() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         await client.post(INFER, json=body_of([3, 4, 3]))
         metrics = (await client.get("/metrics")).text
-        assert 'unfog_images_total{digit="3"} 2.0' in metrics
-        assert 'unfog_images_total{digit="4"} 1.0' in metrics
+        assert 'unfog_images_total{digit="3",label="3"} 2.0' in metrics
+        assert 'unfog_images_total{digit="4",label="4"} 1.0' in metrics
 
     run(check, FakeRunner())

@@ -298,7 +298,7 @@ def test_images_and_requests_are_counted() -> None:
         await reproduce(client, png)
         await reproduce(client, b"broken")
         text = (await client.get("/metrics")).text
-        assert 'unfog_images_total{digit="3"} 8.0' in text
+        assert 'unfog_images_total{digit="3",label="3"} 8.0' in text
         for code in (200, 422):
             assert f'unfog_requests_total{{code="{code}",route="/reproduce"}} 1.0' in text
 

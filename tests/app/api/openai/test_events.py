@@ -20,7 +20,7 @@ from tests.app.application import run
 from tests.app.fakes import FakeRunner, Gate, image
 from tests.e2e.service import open_png
 
-PROVENANCE = Provenance(digit=7, seed=3, sampler="ddpm", num_steps=100, guidance_scale=1.0, model_sha256="")
+PROVENANCE = Provenance(labels=("7",), seed=3, sampler="ddpm", num_steps=100, guidance_scale=1.0, model_sha256="")
 FACTS = {"quality": "high", "size": "56x56", "seed": 3}
 both_paths = pytest.mark.parametrize("path", PATHS)
 

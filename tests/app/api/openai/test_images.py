@@ -483,7 +483,7 @@ def test_requests_and_images_are_counted_by_route(path: str) -> None:
             f'unfog_requests_total{{code="200",route="{path}"}} 1.0',
             f'unfog_requests_total{{code="400",route="{path}"}} 1.0',
             'unfog_requests_total{code="200",route="/v1/models/{model}"} 1.0',
-            'unfog_images_total{digit="7"} 2.0',
+            'unfog_images_total{digit="7",label="7"} 2.0',
         ):
             assert line in after
 

@@ -101,6 +101,6 @@ def test_every_job_has_the_bytes_of_the_cpu_runner_or_its_own_error(loaded: Chec
             assert equal(job.future.result(), expected)
             done = {event.index: event.pixels for event in events if isinstance(event, ImageDone)}
             assert equal([done[index] for index in range(job.request.count)], expected)
-    assert run.runner._slots._free
-    assert len(run.runner._slots._free) == len(run.runner._slots.state.seed) - 1
+    assert run.runner._slots["default"]._free
+    assert len(run.runner._slots["default"]._free) == len(run.runner._slots["default"].state.seed) - 1
     assert run.engine.backlog.work == 0

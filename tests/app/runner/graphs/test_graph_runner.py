@@ -117,9 +117,10 @@ def test_row_with_an_infinite_prediction_in_an_earlier_step_fails_alone(loaded: 
 
 def with_noise_of_five_steps(loaded: Checkpoint) -> GraphRunner:
     runner = on_graphs(loaded)
-    runner._slots.noise_steps = 5
-    assert runner._slots.state.noise is not None
-    runner._slots.state.noise = runner._slots.state.noise[:, :6].contiguous()  # that of x_T and of five steps
+    slots = runner._slots["default"]
+    slots.noise_steps = 5
+    assert slots.state.noise is not None
+    slots.state.noise = slots.state.noise[:, :6].contiguous()  # that of x_T and of five steps
     return runner
 
 
@@ -226,8 +227,8 @@ def test_graphs_are_captured_again_after_the_slots_have_grown(loaded: Checkpoint
     step(runner, rows[:2])
     step(runner, rows[:2])
     assert equal(draw(runner, rows), expected)
-    assert len(runner._slots.finite) == len(runner._slots.state.seed) == 6
-    assert runner._slots.version == 1
+    assert len(runner._slots["default"].finite) == len(runner._slots["default"].state.seed) == 6
+    assert runner._slots["default"].version == 1
 
 
 def test_table_of_plans_has_room_for_all_plans_of_both_models(loaded: Checkpoint, other: Checkpoint) -> None:
@@ -248,7 +249,7 @@ def test_removed_graphs_are_captured_again_in_idle_time(
     runner.check = lambda: None  # type: ignore[method-assign]
 
     def graphs() -> list[set[Hashable]]:
-        return [set(calls) for calls in (runner._steps, runner._new._draws, runner._new._starts)]
+        return [set(calls) for calls in (runner._steps, runner._new["default"]._draws, runner._new["default"]._starts)]
 
     runner.warm_up(lambda: False)
     while runner.has_idle_work:
@@ -377,11 +378,11 @@ def test_warm_up_captures_the_first_graphs_and_idle_time_the_others(loaded: Chec
     assert {shape for _, shape in runner._steps} == {
         Shape(rows, further, has_known=False) for rows in (1, 2, 4) for further in (0, rows)
     }
-    free = len(runner._slots._free)
+    free = len(runner._slots["default"]._free)
     while runner.has_idle_work:
         runner.idle()
     assert len(list(runner._steps)) == 2 + 3 + 4 + 5
-    assert len(runner._slots._free) == free == 64
+    assert len(runner._slots["default"]._free) == free == 64
 
 
 def test_warm_up_of_a_compiled_step_first_captures_the_shapes_to_compile(loaded: Checkpoint) -> None:

@@ -51,7 +51,7 @@ def test_every_evaluation_of_a_recognition_row_has_its_class(loaded: Checkpoint)
 
 def test_noise_of_long_paths_with_known_pixels_is_drawn_again(loaded: Checkpoint) -> None:
     runner = on_graphs(loaded)
-    info, slots = runner.models["default"], runner._slots
+    info, slots = runner.models["default"], runner._slots["default"]
     assert slots.state.noise is not None
     slots.noise_steps, slots.state.noise = 2, slots.state.noise[:, :3].contiguous()  # that of x_T and of two steps
     outcomes = [
