@@ -8,23 +8,21 @@ export function parse(hash) {
   return match ? { view: match[1], parameters: new URLSearchParams(match[2] ?? "") } : null;
 }
 
-const NAMES = ["digit", "count", "seed", "num_steps", "sampler", "guidance_scale", "clip_guidance_scale", "clip_prompt", "model"];
+const NAMES = ["label", "count", "seed", "num_steps", "sampler", "guidance_scale", "clip_guidance_scale", "clip_prompt", "model"];
 
-/** Returns the address of a request for /generate. */
 export function generateAddress(body) {
   const parameters = new URLSearchParams();
   for (const name of NAMES) if (body[name] !== undefined && body[name] !== null) parameters.set(name, body[name]);
   return `#/generate?${parameters}`;
 }
 
-/** Returns the fields of /generate in the parameters. Values that are not valid are left out. */
+/** Returns the fields of /generate in the parameters, without the label. Values that are not valid are left out. */
 export function generateFields(parameters) {
   const body = {};
   const integer = (name, least, most) => {
     const text = parameters.get(name);
     if (text && /^[0-9]{1,16}$/.test(text) && text >= least && Number(text) <= most) body[name] = Number(text);
   };
-  integer("digit", 0, 9);
   integer("count", 1, 4096);
   integer("seed", 0, Number.MAX_SAFE_INTEGER);
   integer("num_steps", 1, 100);

@@ -3,17 +3,18 @@
 
 import { element, find, moves, plural, pngUrl, setBusy } from "./dom.js";
 import { sentence } from "./failure.js";
+import { about, fullModel, modelOf } from "./models.js";
 import { Comparison } from "./one-by-one.js";
 import { newSeed } from "./random.js";
 import { Run } from "./run.js";
-import { LONGEST_WAIT, about, pause, stream } from "./service.js";
+import { LONGEST_WAIT, pause, stream } from "./service.js";
 
 // A browser opens at most six connections to a service. One has the events of the batch, and one stays free.
 const SAMPLES = [
-  { digit: 8, count: 24, num_steps: 100 },
-  { digit: 3, count: 8, num_steps: 50, sampler: "ddim", guidance_scale: 3 },
-  { digit: 5, count: 4, num_steps: 20, sampler: "dpmpp" },
-  { digit: 7, count: 1, num_steps: 10, sampler: "dpmpp" },
+  { label: 8, count: 24, num_steps: 100 },
+  { label: 3, count: 8, num_steps: 50, sampler: "ddim", guidance_scale: 3 },
+  { label: 5, count: 4, num_steps: 20, sampler: "dpmpp" },
+  { label: 7, count: 1, num_steps: 10, sampler: "dpmpp" },
 ];
 const APART = 300; // milliseconds between the sample requests
 const PREVIEWS = 25; // of a sample request
@@ -101,10 +102,10 @@ async function send() {
   [own, ownRuns] = [[], []];
   let comparison = null;
   try {
-    const { models, limits } = await about();
+    const { limits } = await about();
     signal.throwIfAborted();
     if (!abort) open(); // the stream was refused before the key was entered
-    const bodies = samples(models[0], limits);
+    const bodies = samples(fullModel(), limits);
     comparison = new Comparison(bodies);
     const running = bodies.map(async (body, place) => {
       await pause((place * APART) / 1000, signal);
@@ -139,12 +140,14 @@ async function answer(body, signal, watchRun = () => {}) {
   }
 }
 
-function samples({ name, samplers, steps, max_steps, guidable }, limits) {
+function samples({ name, num_classes, samplers, steps, max_steps, guidable }, limits) {
   const isPermitted = ({ num_steps, sampler = samplers[0], guidance_scale = 1 }) =>
     !steps.length && num_steps <= max_steps && samplers.includes(sampler) && (guidance_scale === 1 || guidable);
   const permitted = SAMPLES.filter(isPermitted);
-  const bodies = permitted.length ? permitted : SAMPLES.map(({ digit, count }) => ({ digit, count }));
-  return bodies.map((body) => ({ ...body, model: name, count: Math.min(body.count, limits.count), seed: newSeed() }));
+  const bodies = permitted.length ? permitted : SAMPLES.map(({ label, count }) => ({ label, count }));
+  return bodies.map((body) => ({
+    ...body, label: body.label % num_classes, model: name, count: Math.min(body.count, limits.count), seed: newSeed(),
+  }));
 }
 
 function showFigures({ rows }) {
@@ -201,7 +204,7 @@ class Lane {
 
   imageOf(key) {
     if (!this.images.has(key)) {
-      const [picture, text] = [element("img", { alt: "", width: 28, height: 28 }), element("b")];
+      const [picture, text] = [element("img", { alt: "" }), element("b")];
       const cell = element("div", { class: "cell" }, picture, text);
       this.images.set(key, { cell, picture, text, of: null });
       this.cells.append(cell);
@@ -245,7 +248,7 @@ class Lane {
 /** The line of a sample request. It shows all images, also while they wait. */
 class OwnLane extends Lane {
   constructor(body) {
-    super(`Digit ${body.digit}, ${plural(body.count, "image")}`);
+    super(`${modelOf(body).title(body.label)}, ${plural(body.count, "image")}`);
     for (let index = 0; index < body.count; index++) this.imageOf(index).text.textContent = "waits";
   }
 
@@ -257,7 +260,6 @@ class OwnLane extends Lane {
     return index;
   }
 
-  /** Shows the images of a run from now on. */
   watch(run) {
     this.run = run;
     run.addEventListener("change", () => this.show());

@@ -1,13 +1,13 @@
 // Guidance scales and numbers of steps, each compared from the same noise.
 
 import { bar, lineChart } from "./chart.js";
-import { addDigits, announce, duration, element, find, pngUrl, setBusy } from "./dom.js";
+import { announce, duration, element, find, pngUrl, setBusy } from "./dom.js";
 import { failureBox } from "./failure.js";
+import { about, showClasses } from "./models.js";
 import { newSeed } from "./random.js";
-import { about, patientJson } from "./service.js";
+import { patientJson } from "./service.js";
 
 const SCALES = [1, 1.5, 2, 3, 5, 8];
-const GUIDED_SAMPLER = "ddim"; // adds no noise in its steps, so that only guidance makes a difference
 const STEPS = [
   { sampler: "ddpm", num_steps: 100, name: "DDPM" },
   { sampler: "dpmpp", num_steps: 20, name: "DPM-Solver++" },
@@ -15,18 +15,23 @@ const STEPS = [
   { sampler: "dpmpp", num_steps: 4, name: "DPM-Solver++" },
 ];
 
+const GUIDED = { sampler: "ddim", num_steps: 50 }; // DDIM adds no noise in its steps, so that only guidance makes a difference
+
 let model;
 
-export function start(loaded) {
-  model = loaded;
-  for (const id of ["#guidance-digit", "#steps-digit"]) {
-    addDigits(find(id));
-    find(id).value = 7;
-  }
-  for (const id of ["#guidance-run", "#steps-run"]) find(id).disabled = false;
+export function start() {
   find("#guidance-run").addEventListener("click", () => compareGuidance());
   find("#steps-run").addEventListener("click", () => compareSteps());
-  if (model.guidable) showSchedule();
+}
+
+export function show(loaded) {
+  model = loaded;
+  for (const id of ["#guidance-label", "#steps-label"]) showClasses(find(id), model);
+  for (const id of ["#guidance-run", "#steps-run"]) find(id).disabled = false;
+  for (const id of ["#guidance-result", "#steps-result"]) find(id).replaceChildren();
+  const hasGuidance = model.guidable && !model.steps.length && model.samplers.includes(GUIDED.sampler);
+  find("#guidance-section").hidden = !hasGuidance;
+  if (hasGuidance) showSchedule();
 }
 
 const numberOf = (id) => Number(find(id).value);
@@ -34,7 +39,7 @@ const numberOf = (id) => Number(find(id).value);
 /** Shows log-SNR against t with the interval in which guidance acts. */
 function showSchedule() {
   const logSnr = (alpha) => Math.max(-10, Math.min(10, Math.log(alpha / (1 - alpha))));
-  const interval = model.guidance_interval[GUIDED_SAMPLER];
+  const interval = model.guidance_interval[GUIDED.sampler];
   find("#guidance-chart").replaceChildren(
     lineChart({
       series: [{ points: model.alpha_bar.map((alpha, t) => [t, logSnr(alpha)]), kind: "main" }],
@@ -63,11 +68,13 @@ async function withButton(id, root, work) {
 
 function compareGuidance() {
   const root = find("#guidance-result");
-  const body = { digit: numberOf("#guidance-digit"), seed: newSeed(), num_steps: 50, sampler: GUIDED_SAMPLER };
+  const own = model;
+  const body = { label: numberOf("#guidance-label"), seed: newSeed(), model: model.name, ...GUIDED };
   return withButton("#guidance-run", root, async () => {
     const answers = scalesOf().map((guidance_scale) => ({ guidance_scale }));
     for (const [place, { guidance_scale }] of answers.entries()) {
       answers[place] = await patientJson("generate", { ...body, guidance_scale }, tellWait("#guidance-run"));
+      if (model !== own) return; // the user has chosen another one
       showGuidance(answers);
     }
     announce("The comparison of guidance scales is finished");
@@ -79,7 +86,7 @@ const tellWait = (id) => (seconds) => {
   find(id).textContent = seconds ? `Busy, waiting ${seconds} s` : "Compare";
 };
 
-const recommendedScale = () => model.guidance_scale[GUIDED_SAMPLER];
+const recommendedScale = () => model.guidance_scale[GUIDED.sampler];
 const scalesOf = () => [...new Set([...SCALES, recommendedScale()])].sort((a, b) => a - b);
 
 /** Shows one image for each scale. Answers without images get an empty tile. */
@@ -93,27 +100,30 @@ function showGuidance(answers) {
 }
 
 const tile = (images, alt) =>
-  images ? element("img", { src: pngUrl(images[0].png), alt, width: 28, height: 28 }) : element("div", { class: "tile" });
+  images ? element("img", { src: pngUrl(images[0].png), alt }) : element("div", { class: "tile" });
 
+/** Returns the parts of the requests that are compared: the model with STEPS, and models like it for few steps. */
 async function variants() {
   const { models } = await about();
-  const fast = models.find(({ name }) => name === "fast");
+  const few = models.filter((each) => each.steps.length && each.isLike(model));
   const isPermitted = ({ sampler, num_steps }) => model.samplers.includes(sampler) && num_steps <= model.max_steps;
-  const own = { sampler: model.samplers[0], num_steps: model.default_steps, name: "model default" };
-  const steps = model.steps.length ? [own] : STEPS.filter(isPermitted);
-  if (!fast) return steps;
-  return [...steps, { model: fast.name, sampler: fast.samplers[0], num_steps: fast.default_steps, name: "model fast" }];
+  return [
+    ...(model.steps.length ? [] : STEPS.filter(isPermitted)),
+    ...few.map(({ name, samplers, default_steps }) => ({ model: name, sampler: samplers[0], num_steps: default_steps, name: `model ${name}` })),
+  ];
 }
 
 function compareSteps() {
   const root = find("#steps-result");
-  const fixed = { digit: numberOf("#steps-digit"), seed: newSeed() };
+  const own = model;
+  const fixed = { label: numberOf("#steps-label"), seed: newSeed(), model: model.name };
   return withButton("#steps-run", root, async () => {
     const all = await variants();
     const rows = all.map(emptyRow);
     for (const [place, { name, ...body }] of all.entries()) {
       // One request at a time, so that the times can be compared.
       const answer = await patientJson("generate", { ...fixed, ...body }, tellWait("#steps-run"));
+      if (model !== own) return;
       rows[place] = { name, answer };
       showSteps(root, rows);
     }
@@ -146,7 +156,7 @@ function stepsRow(name, answer, slowest) {
   return element(
     "tr",
     {},
-    element("td", {}, tile(answer.images, `${answer.digit} in ${answer.num_steps} steps`)),
+    element("td", {}, tile(answer.images, `Image in ${answer.num_steps} steps`)),
     element("td", {}, name),
     element("td", { class: "number" }, String(answer.num_steps)),
     element("td", { class: "number" }, String(answer.evaluations ?? "")),

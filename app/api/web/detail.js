@@ -2,24 +2,26 @@
 
 import { promptOf } from "./clip.js";
 import { download, element, find, menu, pngUrl } from "./dom.js";
+import { checkpointName, className } from "./models.js";
 import { bytesOf, textChunks } from "./png.js";
-import { checkpointName, hasKey } from "./service.js";
-import { copy, linkOf, nameOf } from "./share.js";
+import { hasKey } from "./service.js";
+import { copy, linkOf, nameOf, scaleFor } from "./share.js";
 
+const WIDTH = 224; // pixels of an image that the copied code makes
 const LABELS = {
-  Digit: "Digit", Seed: "Seed", Index: "Index", Sampler: "Sampler", Steps: "Steps",
+  Digit: "Digit", Label: "Class", Seed: "Seed", Index: "Index", Sampler: "Sampler", Steps: "Steps",
   "Guidance-Scale": "Guidance", "CLIP-Guidance-Scale": "CLIP guidance", "CLIP-Prompt": "Prompt", "CLIP-SHA256": "CLIP model",
   "Model-SHA256": "Model", Software: "Software", Task: "Task", "Noise-Std": "Noise", Mode: "Mode", Strength: "Strength",
 };
 
-/** Returns the name of the file of an image. */
 export const fileName = (run, index) => `${nameOf(run)}-${index}.png`;
 
 /** Returns a list of the text chunks that this service writes. */
 export function factList(chunks) {
-  const shown = Object.entries(LABELS).filter(([name]) => Object.hasOwn(chunks, name));
+  const shown = Object.entries(LABELS).filter(([name]) => Object.hasOwn(chunks, name) && !(name === "Label" && chunks.Digit));
   const text = (value) => checkpointName(value) ?? (value.length > 20 ? `${value.slice(0, 16)}…` : value);
-  const valueOf = (name) => (name === "CLIP-Prompt" && promptOf(chunks)) || text(chunks[name]);
+  const special = { "CLIP-Prompt": promptOf(chunks), Label: className(chunks) };
+  const valueOf = (name) => special[name] ?? text(chunks[name]);
   return element(
     "dl",
     { class: "facts" },
@@ -28,8 +30,8 @@ export function factList(chunks) {
 }
 
 /** Returns the request for /generate that makes the image with this index again. Image i does not depend on `count`. */
-function requestOf(run, index) {
-  return { ...run.body, count: index + 1 };
+function requestOf({ body }, index) {
+  return { ...body, count: index + 1, scale: scaleFor(WIDTH, body) };
 }
 
 /**
@@ -50,10 +52,10 @@ const serviceUrl = () => new URL("generate", location.href.split("#", 1)[0]).hre
 
 function curlOf(run, index) {
   const key = hasKey() ? ` \\\n  -H "Authorization: Bearer $UNFOG_API_KEY"` : "";
-  const body = jsonOf({ ...requestOf(run, index), scale: 8 });
+  const body = jsonOf(requestOf(run, index));
   const [accept, end] = index
-    ? ["application/json", ` \\\n  | jq -r '.images[${index}].png' | base64 -d > digit.png`]
-    : ["image/png", " -o digit.png"];
+    ? ["application/json", ` \\\n  | jq -r '.images[${index}].png' | base64 -d > image.png`]
+    : ["image/png", " -o image.png"];
   return `curl -sS --fail-with-body ${serviceUrl()} \\\n  -H 'Content-Type: application/json' -H 'Accept: ${accept}'${key} \\\n  -d '${body}'${end}`;
 }
 
@@ -63,10 +65,10 @@ function pythonOf(run, index) {
 ${key ? "import os\n" : ""}
 import httpx
 
-body = ${dictOf({ ...requestOf(run, index), scale: 8 })}
+body = ${dictOf(requestOf(run, index))}
 ${key}response = httpx.post("${serviceUrl()}", json=body, timeout=60${key ? ", headers=headers" : ""})
 image = response.raise_for_status().json()["images"][${index}]
-open("digit.png", "wb").write(base64.b64decode(image["png"]))
+open("image.png", "wb").write(base64.b64decode(image["png"]))
 `;
 }
 
@@ -100,7 +102,7 @@ export function openDetail(run, index, focused = "Download PNG") {
     element(
       "div",
       { class: "detail" },
-      element("img", { class: "detail-image", src: pngUrl(png), alt: `Image ${index + 1}`, width: 28, height: 28 }),
+      element("img", { class: "detail-image", src: pngUrl(png), alt: `Image ${index + 1}` }),
       factList(textChunks(file) ?? {}),
     ),
     element(

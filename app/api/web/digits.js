@@ -1,44 +1,44 @@
 // Ten real digits of MNIST's test split, one of each class, and the drawing of the user.
 
 import { element } from "./dom.js";
-import { SIDE, canvasOf } from "./png.js";
+import { canvasOf, valuesOf } from "./png.js";
 import { ServiceError } from "./service.js";
+
+const SIDE = 28; // pixels of a digit in the file
 
 let sheet = null;
 
-/** Returns the grey values of a real digit. */
-export async function realDigit(digit) {
+/** Returns true if the real digits are images as the model generates them. */
+export const suit = (model) => model.isDigits && model.normalises_drawings;
+
+/** Returns the values of a real digit in the shape of the model. */
+export async function realDigit(digit, model) {
   sheet ??= loadSheet().catch((error) => {
     sheet = null; // so that the next call tries again
     throw new ServiceError({ code: "unreachable", detail: error.message });
   });
-  const context = await sheet;
-  const { data } = context.getImageData(SIDE * digit, 0, SIDE, SIDE);
-  return Float32Array.from({ length: SIDE * SIDE }, (_, i) => data[4 * i]);
+  return valuesOf(await sheet, model, [SIDE * digit, 0, SIDE, SIDE]);
 }
 
 async function loadSheet() {
   const image = new Image();
   image.src = "static/digits.png";
   await image.decode();
-  const canvas = element("canvas", { width: 10 * SIDE, height: SIDE });
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.drawImage(image, 0, 0);
-  return context;
+  return image;
 }
 
-/** Fills an element with a button for each real digit. `choose(digit, grey)` is called for a click. */
-export async function addRealDigits(root, choose) {
-  const all = await Promise.all(Array.from({ length: 10 }, (_, digit) => realDigit(digit)));
-  root.replaceChildren();
-  for (const [digit, grey] of all.entries()) {
-    const image = element("img", { src: canvasOf(grey).toDataURL(), alt: "", width: SIDE, height: SIDE });
-    root.append(element("button", { type: "button", "aria-label": `Digit ${digit}`, click: () => choose(digit, grey) }, image));
-  }
+/** Fills an element with a button for each real digit. `choose(digit, values)` is called for a click. */
+export async function addRealDigits(root, model, choose) {
+  const all = await Promise.all(model.class_names.map((_, digit) => realDigit(digit, model)));
+  const buttons = all.map((values, digit) => {
+    const image = element("img", { src: canvasOf(values, model).toDataURL(), alt: "" });
+    return element("button", { type: "button", "aria-label": `Digit ${digit}`, click: () => choose(digit, values) }, image);
+  });
+  root.replaceChildren(...buttons);
 }
 
 let readDrawing = async () => null;
-/** Returns the drawing of the view Draw as grey values, or null. */
+/** Returns the values of the drawing of the view Draw, or null. */
 export const drawingOf = () => readDrawing();
 export const setDrawingReader = (read) => {
   readDrawing = read;

@@ -3,27 +3,17 @@
 export const find = (selector, root = document) => root.querySelector(selector);
 
 /** Creates an element. Attributes whose value is a function become event listeners, and false or null is left out. */
-export function element(name, attributes = {}, ...children) {
-  const made = document.createElement(name);
-  setAttributes(made, attributes);
-  made.append(...children.flat().filter((child) => child !== null && child !== undefined));
-  return made;
-}
+export const element = (name, ...rest) => filled(document.createElement(name), ...rest);
+export const svg = (name, ...rest) => filled(document.createElementNS("http://www.w3.org/2000/svg", name), ...rest);
 
-/** Creates an SVG element. */
-export function svg(name, attributes = {}, ...children) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
-  setAttributes(made, attributes);
-  made.append(...children.flat());
-  return made;
-}
-
-function setAttributes(made, attributes) {
+function filled(made, attributes = {}, ...children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === "function") made.addEventListener(name, value);
     else if (value === true) made.setAttribute(name, "");
     else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value);
   }
+  made.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return made;
 }
 
 /** Says a text to screen readers. Use it for results, not for each step. */
@@ -37,16 +27,9 @@ export const moves = () => !matchMedia("(prefers-reduced-motion: reduce)").match
 
 export const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
-/** Formats a duration in seconds. */
 export function duration(seconds) {
   if (seconds < 1) return `${Math.round(1000 * seconds)} ms`;
   return seconds < 100 ? `${seconds.toFixed(1)} s` : `${Math.round(seconds)} s`;
-}
-
-/** Fills a select element with the ten digits. `any` is the text of a first entry without a digit, if given. */
-export function addDigits(select, any = null) {
-  if (any) select.append(element("option", { value: "" }, any));
-  for (let digit = 0; digit < 10; digit++) select.append(element("option", { value: digit }, String(digit)));
 }
 
 /** Returns a button that opens a menu. `items` are [text, action]. A null is left out. */
@@ -76,7 +59,6 @@ export function menu(label, items) {
   return root;
 }
 
-/** Offers a file for download. */
 export function download(name, blob) {
   const url = URL.createObjectURL(blob);
   const link = element("a", { href: url, download: name });

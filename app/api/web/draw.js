@@ -3,36 +3,37 @@
 import { generateAddress } from "./address.js";
 import { promptOf } from "./clip.js";
 import { factList } from "./detail.js";
-import { addRealDigits, setDrawingReader } from "./digits.js";
+import { addRealDigits, setDrawingReader, suit } from "./digits.js";
 import { element, find, showValue } from "./dom.js";
 import { failureBox } from "./failure.js";
+import { about, changes, className, fullModel } from "./models.js";
 import { Mask, Pad } from "./pad.js";
-import { SIDE, base64Of, greyOf, textChunks } from "./png.js";
-import { about, json } from "./service.js";
+import { base64Of, textChunks, valuesOf, valuesOfPng } from "./png.js";
+import { ServiceError, json } from "./service.js";
 import * as tasks from "./tasks.js";
 
 const WAIT = 250; // milliseconds after a stroke until the drawing is sent
+const MOST_SIDE = 1024; // pixels; larger pictures are reduced before they are sent
 
+let model = null;
 let pad;
 let mask;
 let timer = null;
 let task = "recognize";
-let normalised = null; // the promise of the drawing as 784 grey values, until the drawing changes
+let fitted = null; // the promise of the values of the drawing, until it changes
 
 export function start() {
   pad = new Pad(find("#pad"), changed);
   mask = new Mask(find("#mask"));
-  tasks.start({ pad, mask, grey });
-  setDrawingReader(grey);
+  tasks.start({ pad, mask, values });
+  setDrawingReader(values);
+  changes.addEventListener("change", () => find("#draw").hidden || open());
   find("#pad").addEventListener("pointerdown", () => {
     find("#pad-hint").hidden = true;
   });
   find("#pad-undo").addEventListener("click", () => pad.undo());
   find("#pad-clear").addEventListener("click", () => pad.clear());
   showValue(find("#pad-width"), find("#pad-width-value"));
-  find("#pad-width").addEventListener("input", (event) => {
-    pad.width = Number(event.target.value);
-  });
   find("#pad-file").addEventListener("change", (event) => {
     if (event.target.files[0]) openFile(event.target.files[0]);
     event.target.value = "";
@@ -41,17 +42,35 @@ export function start() {
   startDrop();
 }
 
-/** Shows the real digits and the result of the selected task. */
+/** Shows the real digits, if they suit the model, and the result of the selected task. */
 export async function open() {
-  run();
-  if (find("#pad-digits").children.length) return;
   try {
-    await addRealDigits(find("#pad-digits"), (_, values) => pad.setGrey(values));
+    await useModel();
+    run();
+    if (suit(model)) await addRealDigits(find("#pad-digits"), model, (_, values) => pad.setValues(values));
   } catch (error) {
-    find("#pad-digits").replaceChildren();
-    find("#provenance").hidden = false;
-    find("#provenance").replaceChildren(failureBox(error, open));
+    model = null;
+    showProblem(error, open);
   }
+}
+
+async function useModel() {
+  await about();
+  if (model === fullModel()) return;
+  model = fullModel();
+  fitted = null;
+  find("#draw").classList.toggle("unsupported", !model.has_picture_tasks);
+  find("#pen").hidden = model.channels === 1;
+  find("#pad-digits").hidden = !suit(model);
+  pad.use(model);
+  mask.use(model);
+  tasks.use(model);
+  find("#pad-hint").hidden = !pad.isEmpty;
+}
+
+function showProblem(error, retry) {
+  find("#provenance").replaceChildren(failureBox(error, retry));
+  find("#provenance").hidden = false;
 }
 
 function startTabs() {
@@ -80,7 +99,7 @@ function startTabs() {
 
 /** Shows the result of the selected task after a short pause. */
 function changed() {
-  normalised = null;
+  fitted = null;
   find("#pad-hint").hidden = !pad.isEmpty;
   find("#provenance").hidden = true;
   clearTimeout(timer);
@@ -88,21 +107,24 @@ function changed() {
 }
 
 function run() {
-  if (!find("#draw").hidden) tasks.drawingChanged(task);
+  if (model && !find("#draw").hidden) tasks.drawingChanged(task);
 }
 
-/** Returns the drawing as 784 grey values, fitted as in MNIST: /edit with strength 0 returns the fitted image. */
-function grey() {
-  normalised ??= fit();
-  normalised.catch(() => {
-    normalised = null; // so that the next call tries again
-  });
-  return normalised;
-}
-
-async function fit() {
+/** Returns the values of the drawing in the shape of the model, or null. */
+async function values() {
+  await useModel();
   if (pad.isEmpty) return null;
-  return pad.exact ?? greyOf((await json("edit", { ...pad.picture, strength: 0 })).images[0].png);
+  fitted ??= pad.exact ? Promise.resolve(pad.exact) : fit(pad.picture);
+  fitted.catch(() => {
+    fitted = null; // so that the next call tries again
+  });
+  return fitted;
+}
+
+/** Returns the values of a picture as the model gets it: /edit with strength 0 only fits it. */
+async function fit(picture) {
+  const answer = await json("edit", { ...picture, model: model.name, strength: 0 });
+  return valuesOfPng(answer.images[0].png, model);
 }
 
 function startDrop() {
@@ -127,28 +149,28 @@ function startDrop() {
   });
 }
 
-/** Shows a picture file, and its text chunks if this service has written it. */
+/** Shows a picture file as the model gets it, and its text chunks if this service has written it. */
 async function openFile(file) {
-  const box = find("#provenance");
-  let bitmap;
   try {
-    bitmap = await createImageBitmap(file);
-  } catch {
-    const detail = "The file is not a picture that this browser can read";
-    box.replaceChildren(failureBox({ code: "invalid_image", detail }, null));
-    box.hidden = false;
+    const bitmap = await createImageBitmap(file).catch(() => {
+      throw new ServiceError({ code: "invalid_image", detail: "The file is not a picture that this browser can read" });
+    });
+    await useModel();
+    pad.setValues(await valuesOfPicture(bitmap));
+  } catch (error) {
+    showProblem(error, error.code === "invalid_image" ? null : () => openFile(file));
     return;
   }
-  const bytes = new Uint8Array(await file.arrayBuffer());
-  if (bitmap.width === SIDE && bitmap.height === SIDE) pad.setGrey(await greyOfBitmap(bitmap));
-  else pad.setPicture(bitmap);
-  showProvenance(textChunks(bytes));
+  showProvenance(textChunks(new Uint8Array(await file.arrayBuffer())));
 }
 
-async function greyOfBitmap(bitmap) {
-  const canvas = element("canvas", { width: SIDE, height: SIDE });
-  canvas.getContext("2d").drawImage(bitmap, 0, 0);
-  return greyOf(base64Of(canvas));
+async function valuesOfPicture(bitmap) {
+  if (bitmap.width === model.width && bitmap.height === model.height) return valuesOf(bitmap, model);
+  const scale = Math.min(1, MOST_SIDE / Math.max(bitmap.width, bitmap.height));
+  const canvas = element("canvas", { width: Math.ceil(scale * bitmap.width), height: Math.ceil(scale * bitmap.height) });
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  const how = model.normalises_drawings ? { fit: "auto", invert: "auto" } : { fit: "resize", invert: false };
+  return fit({ image: base64Of(canvas), ...how });
 }
 
 async function showProvenance(chunks) {
@@ -156,17 +178,18 @@ async function showProvenance(chunks) {
   const isOwn = chunks?.Software?.startsWith("unfog ") && chunks["Model-SHA256"];
   box.hidden = true;
   if (!isOwn) return;
-  const isGenerated = !chunks.Task && /^[0-9]$/.test(chunks.Digit) && /^[0-9]+$/.test(chunks.Seed);
   const index = Number.parseInt(chunks.Index?.split("-").at(-1), 10) || 0;
   const { models = [], clip } = await about().catch(() => ({}));
-  const model = models.find(({ sha256 }) => sha256 === chunks["Model-SHA256"])?.name; // undefined: the address has no model
+  const made = models.find(({ sha256 }) => sha256 === chunks["Model-SHA256"]); // undefined: the address has no model
+  const label = (made ?? models[0])?.labelOf(className(chunks));
+  const isGenerated = !chunks.Task && label !== undefined && /^[0-9]+$/.test(chunks.Seed);
   const address = generateAddress({
-    digit: chunks.Digit, count: index + 1, seed: chunks.Seed, num_steps: chunks.Steps,
-    sampler: chunks.Sampler, guidance_scale: chunks["Guidance-Scale"], model,
+    label, count: index + 1, seed: chunks.Seed, num_steps: chunks.Steps,
+    sampler: chunks.Sampler, guidance_scale: chunks["Guidance-Scale"], model: made?.name,
     clip_guidance_scale: chunks["CLIP-Guidance-Scale"], clip_prompt: promptOf(chunks),
   });
   const hasClip = !chunks["CLIP-SHA256"] || clip?.sha256 === chunks["CLIP-SHA256"];
-  const note = model && hasClip ? "" : `This service does not have the ${model ? "CLIP " : ""}model of this picture, so it cannot generate the same image.`;
+  const note = made && hasClip ? "" : `This service does not have the ${made ? "CLIP " : ""}model of this picture, so it cannot generate the same image.`;
   box.hidden = false;
   box.replaceChildren(
     element("h2", {}, "This picture was made by unfog"),

@@ -6,20 +6,21 @@ import { announce, element, find, menu, moves, showValue } from "./dom.js";
 import { openDetail } from "./detail.js";
 import { failureBox, sentence } from "./failure.js";
 import * as history from "./history.js";
+import { about, areAlike, changes, choose, chosenModel as model, modelOf, showClasses } from "./models.js";
 import { MAX_SEED, newSeed } from "./random.js";
 import { Run } from "./run.js";
-import { about } from "./service.js";
 import { copy, linkOf, saveAs, saveSheet } from "./share.js";
 import { Stage } from "./stage.js";
 
 const SEED_HINT = "The same seed with the same settings gives the same images.";
 const STEPS_HINT = "More steps take longer and usually give better images.";
-const GUIDANCE_HINT = "A higher value makes the digit clearer and the images less varied.";
+const GUIDANCE_HINT = "A higher value makes the class clearer and the images less varied.";
 const SAMPLER_NAMES = { ddpm: "DDPM", ddim: "DDIM", dpmpp: "DPM-Solver++" };
 
 let form;
 let stage;
 let models = [];
+let classes = null; // the names that the form offers
 let limits = { count: 64 };
 let clip = null; // the CLIP model of the service, if it has one
 let changed = new Set(); // fields that the user has set; the others have the defaults of the model
@@ -29,7 +30,6 @@ let scoring = null; // aborts the running request to /score
 export function start() {
   form = find("#generate-form");
   stage = new Stage(find("#generate-stage"), { open: openDetail, retry: submitAgain, extra: saveButtons });
-  for (let digit = 0; digit < 10; digit++) find("#digit-keys").append(choice("digit", digit, digit, digit === 7));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     if (checkCount() && checkSeed()) generate(bodyOfForm());
@@ -38,7 +38,8 @@ export function start() {
   form.count.addEventListener("input", checkCount);
   form.addEventListener("change", (event) => {
     changed.add(event.target.name);
-    if (event.target.name === "model" || event.target.name === "sampler") applyModel();
+    if (event.target.name === "model") choose(event.target.value);
+    if (event.target.name === "sampler") applyModel();
   });
   find("#dice").addEventListener("click", () => {
     form.seed.value = newSeed();
@@ -51,6 +52,10 @@ export function start() {
   showValue(form.clip_guidance_scale, find("#clip-guidance-value"), (scale) => (scale ? String(scale) : "off"));
   form.addEventListener("input", applyClip);
   document.addEventListener("keydown", chooseDigit);
+  changes.addEventListener("change", () => {
+    applyModel();
+    applyClip();
+  });
   history.start();
 }
 
@@ -67,16 +72,18 @@ export async function open(parameters) {
     return;
   }
   if (find("#generate").hidden) return; // the user has opened another view in the meantime
+  const note = applyCheckpoint(wanted, parameters.get("checkpoint"));
+  const label = modelOf(wanted).labelOf(parameters.get("label") ?? parameters.get("digit")); // earlier links have `digit`
+  if (label !== undefined) wanted.label = label;
   const isEmpty = !Object.keys(wanted).length;
   if (isEmpty && run?.isChosen) window.history.replaceState(null, "", generateAddress(run.body));
-  const note = applyCheckpoint(wanted, parameters.get("checkpoint"));
   if (run && !note && (isEmpty || generateAddress(wanted) === generateAddress(run.body))) {
     showSimilarities();
     return;
   }
   fill(wanted);
   // The form rounds the guidance scale, and offers only values that the service permits. The service checks the others.
-  const isComplete = wanted.seed !== undefined && wanted.digit !== undefined;
+  const isComplete = wanted.seed !== undefined && wanted.label !== undefined;
   if (isComplete || !run) generate({ ...bodyOfForm(), ...wanted }, { isNew: false, isChosen: isComplete, note });
 }
 
@@ -84,7 +91,7 @@ export async function open(parameters) {
 function applyCheckpoint(wanted, digest) {
   if (!/^[0-9a-f]{12,64}$/.test(digest)) return null;
   const same = models.find(({ sha256 }) => sha256.startsWith(digest));
-  wanted.model = same?.name;
+  wanted.model = (same ?? models[0]).name;
   return same ? null : "This service does not have the model of the link, so the images differ.";
 }
 
@@ -98,8 +105,8 @@ async function loadModels() {
   ({ models, limits, clip = null } = await about());
   form.count.max = limits.count;
   limitCount();
-  find("#model-choice").replaceChildren(...models.map(({ name }, place) => choice("model", name, name, !place)));
-  find("#model-choice").parentNode.hidden = models.length < 2;
+  find("#model-choice").replaceChildren(...models.map(({ name }) => choice("model", name, name)));
+  find("#model-choice").parentNode.hidden = models.length < 2 || !areAlike();
   applyModel();
   applyClip();
   find("#generate-button").disabled = false;
@@ -116,10 +123,23 @@ const guidanceText = (scale) => {
   return `${scale}${scale === recommended ? " (recommended)" : ""}`;
 };
 
-const model = () => models.find(({ name }) => name === form.model?.value) ?? models[0];
+/** Offers the classes of the model. The chosen class stays if the model has the same ones. */
+function applyClasses() {
+  const { class_names, hasKeys, isDigits, first } = model();
+  if (classes === String(class_names)) return;
+  classes = String(class_names);
+  const root = find("#label-keys");
+  root.className = isDigits ? "keypad" : "keypad words";
+  root.style.setProperty("--longest", Math.max(...class_names.map((name) => name.length)));
+  const list = element("select", { name: "label", "aria-label": "Class" });
+  showClasses(list, model());
+  root.replaceChildren(...(hasKeys ? class_names.map((name, label) => choice("label", label, name, label === first)) : [list]));
+}
 
 /** Offers what the model permits, and sets the fields that the user has not set to its defaults. */
 function applyModel() {
+  applyClasses();
+  if (form.model) form.model.value = model().name;
   const { samplers, steps, max_steps, default_steps, guidable, guidance_scale } = model();
   const sampler = changed.has("sampler") && samplers.includes(form.sampler?.value) ? form.sampler.value : samplers[0];
   const choices = Object.keys(SAMPLER_NAMES).map((name) => {
@@ -143,23 +163,25 @@ function applyModel() {
   for (const input of [form.num_steps, form.guidance_scale]) input.dispatchEvent(new Event("input"));
 }
 
-/** Shows the fields of CLIP if the service has CLIP. An empty prompt means the default prompt. */
+const hasClip = () => clip !== null && model().isDigits; // CLIP has learned digits only
+
+/** Shows the fields of CLIP if it can be used. An empty prompt means the default prompt. */
 function applyClip() {
-  find("#clip-fields").hidden = !clip;
-  find("#generate-stage").classList.toggle("scored", clip !== null); // leaves space for the similarities
+  find("#clip-fields").hidden = !hasClip();
+  find("#generate-stage").classList.toggle("scored", hasClip()); // leaves space for the similarities
   form.clip_prompt.disabled = Number(form.clip_guidance_scale.value) === 0;
-  form.clip_prompt.placeholder = digitPrompt(form.digit.value);
+  form.clip_prompt.placeholder = hasClip() ? digitPrompt(form.label.value) : "";
 }
 
 /** Sets the form to the fields of a request, except the seed: the next run has new images. */
 function fill(body) {
   form.seed.value = "";
   changed = new Set(Object.keys(body));
-  if (body.model && models.some(({ name }) => name === body.model)) form.model.value = body.model;
+  choose(body.model);
   applyModel();
   if (body.sampler && model().samplers.includes(body.sampler)) form.sampler.value = body.sampler;
   applyModel();
-  for (const name of ["digit", "count", "num_steps", "guidance_scale"]) {
+  for (const name of ["label", "count", "num_steps", "guidance_scale"]) {
     if (body[name] !== undefined && !form[name].disabled) form[name].value = body[name];
   }
   form.clip_guidance_scale.value = body.clip_guidance_scale ?? 0; // an address without CLIP guidance turns it off
@@ -171,14 +193,14 @@ function fill(body) {
 
 function bodyOfForm() {
   const body = {
-    digit: Number(form.digit.value),
+    label: Number(form.label.value),
     count: Number(form.count.value),
     num_steps: Number(form.num_steps.value),
     sampler: form.sampler.value,
     guidance_scale: Number(form.guidance_scale.value),
     model: model().name,
   };
-  const clipScale = clip ? Number(form.clip_guidance_scale.value) : 0;
+  const clipScale = hasClip() ? Number(form.clip_guidance_scale.value) : 0;
   if (clipScale) body.clip_guidance_scale = clipScale;
   const prompt = form.clip_prompt.value.trim();
   if (clipScale && prompt) body.clip_prompt = prompt;
@@ -205,7 +227,6 @@ function checkCount() {
   return isValid;
 }
 
-/** Shows or hides the advanced fields. */
 function showAdvanced(isShown) {
   find("#advanced").hidden = !isShown;
   find("#advanced-button").setAttribute("aria-expanded", isShown);
@@ -252,14 +273,14 @@ async function generate(body, { isNew = true, isChosen = true, note = null } = {
 
 /** Shows the similarity of the finished images to the prompt, if the service has CLIP. */
 async function showSimilarities() {
-  if (!clip || find("#generate").hidden || run?.state !== "done" || run.isScored) return;
+  if (!clip || !modelOf(run?.body ?? {}).isDigits || find("#generate").hidden || run?.state !== "done" || run.isScored) return;
   scoring?.abort();
   scoring = new AbortController();
   const own = run;
   const { signal } = scoring;
-  const { digit, clip_prompt: prompt = digitPrompt(digit) } = own.body;
+  const { label, clip_prompt: prompt = digitPrompt(label) } = own.body;
   try {
-    const { similarities, realDigits } = await score(own.images, prompt, digit, signal);
+    const { similarities, realDigits } = await score(own.images, prompt, label, signal);
     signal.throwIfAborted();
     stage.showSimilarities(similarities, similarityText(prompt, realDigits));
     own.isScored = true;
@@ -319,7 +340,7 @@ function saveButtons(finished) {
 function reset() {
   changed = new Set();
   form.reset();
-  find('input[name="digit"][value="7"]', form).checked = true;
+  if (areAlike()) choose(models[0]?.name);
   if (models.length) applyModel();
   form.clip_guidance_scale.dispatchEvent(new Event("input"));
   applyClip();
@@ -329,8 +350,8 @@ function reset() {
 /** Chooses a digit by its key, unless the user is typing or a dialog is open. */
 function chooseDigit(event) {
   const isTyping = event.target.closest('input:not([type="radio"]):not([type="range"]), select, dialog');
-  if (isTyping || find("#generate").hidden || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (isTyping || !model()?.isDigits || find("#generate").hidden || event.ctrlKey || event.metaKey || event.altKey) return;
   if (!/^[0-9]$/.test(event.key)) return;
-  find(`input[name="digit"][value="${event.key}"]`, form).click();
+  find(`input[name="label"][value="${event.key}"]`, form).click();
   announce(`Digit ${event.key}`);
 }

@@ -2,6 +2,7 @@
 
 import { generateAddress } from "./address.js";
 import { element, find, plural, pngUrl } from "./dom.js";
+import { modelOf } from "./models.js";
 import { load, save } from "./storage.js";
 
 const NAME = "unfog-history";
@@ -21,7 +22,7 @@ const write = (entries) => save("localStorage", NAME, JSON.stringify(entries));
 
 export function remember(run) {
   const address = generateAddress(run.body);
-  const entry = { address, png: run.images[0], text: `Digit ${run.body.digit}, ${plural(run.count, "image")}, seed ${run.body.seed}` };
+  const entry = { address, png: run.images[0], text: `${modelOf(run.body).title(run.body.label)}, ${plural(run.count, "image")}, seed ${run.body.seed}` };
   write([entry, ...read().filter((each) => each.address !== address)].slice(0, MOST));
   show();
 }

@@ -79,6 +79,6 @@ find("#skip").addEventListener("click", (event) => {
 document.addEventListener("click", (event) => event.target.closest("[aria-disabled=true]") && event.stopPropagation(), true);
 startTheme();
 setKeyPrompt(askForKey);
-for (const view of [generate, drawView, batch, status]) view.start();
+for (const view of Object.values(VIEWS)) view.start();
 addEventListener("hashchange", route);
 route();

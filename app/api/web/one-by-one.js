@@ -1,10 +1,10 @@
 // Draws requests that share their steps, and the same requests one after the other, on one time axis.
 
 import { announce, duration, element, find, moves, plural } from "./dom.js";
+import { modelOf } from "./models.js";
 
 const UPDATE = 100; // milliseconds between two drawings
 
-/** Measures and draws the time of each request in both ways. */
 export class Comparison {
   constructor(bodies) {
     this.rows = bodies.map((body) => ({ body }));
@@ -54,7 +54,6 @@ export class Comparison {
     if (isAborted) find("#comparison-text").textContent = "The comparison was stopped before its end.";
   }
 
-  /** Returns the seconds since the first request. */
   now() {
     return (performance.now() - this.startedAt) / 1000;
   }
@@ -75,7 +74,7 @@ export class Comparison {
       const shared = arrival === undefined ? [] : [bar("shared", arrival, together(row))];
       const single = begin === undefined ? [] : [bar("waiting", arrival, begin), bar("alone", begin, alone(row))];
       return [
-        element("h2", {}, `Digit ${body.digit}, ${plural(body.count, "image")}`),
+        element("h2", {}, `${modelOf(body).title(body.label)}, ${plural(body.count, "image")}`),
         element("div", { class: "track" }, shared),
         element("span", { class: "mono" }, seconds ? duration(seconds) : ""),
         element("div", { class: "track" }, single),

@@ -1,15 +1,16 @@
-// The drawing area, and the mask over a picture of 28 x 28 pixels.
+// The drawing area, and the mask over a picture.
 
-import { announce } from "./dom.js";
-import { SIDE, base64Of, canvasOf } from "./png.js";
+import { announce, find } from "./dom.js";
+import { base64Of, canvasOf } from "./png.js";
 
 const MOST_UNDO = 20;
-const BRUSH = 2; // pixels around the pointer that the brush of the mask marks
+const SIDE = 280; // pixels of a canvas, about
+const BRUSH = 1 / 14; // pixels around the pointer that the brush of the mask marks, as a share of the width
 
-/** A canvas for white strokes on black. Calls `changed()` after each stroke. */
+/** A canvas for strokes on black. Calls `changed()` after each stroke. */
 export class Pad {
   constructor(canvas, changed) {
-    Object.assign(this, { canvas, changed, width: 22, exact: null, undoList: [] });
+    Object.assign(this, { canvas, changed, exact: null, undoList: [] });
     this.context = canvas.getContext("2d", { willReadFrequently: true });
     this.fill();
     canvas.addEventListener("pointerdown", (event) => this.begin(event));
@@ -17,40 +18,32 @@ export class Pad {
     for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => this.end());
   }
 
+  /** Uses the shape of the images of a model. The drawing stays if the shape is the same. */
+  use(model) {
+    const isSame = String((this.model ?? model).image_shape) === String(model.image_shape);
+    this.model = model;
+    if (!resize(this.canvas, model) && isSame) return;
+    this.fill();
+    Object.assign(this, { exact: null, undoList: [] });
+  }
+
   get isEmpty() {
     const { data } = this.context.getImageData(0, 0, this.canvas.width, this.canvas.height);
     return !data.some((value, place) => place % 4 !== 3 && value > 0);
   }
 
-  /** Returns the fields `image` and `fit` of a request. A picture of 28 x 28 pixels is sent without any change. */
+  /** Returns the fields of a request. A picture in the size of the model is sent without any change. */
   get picture() {
-    if (this.exact) return { image: base64Of(canvasOf(this.exact)), fit: "resize", invert: false };
-    return { image: base64Of(this.canvas), fit: "digit", invert: false };
+    const { exact, model } = this;
+    const fit = exact || !model.normalises_drawings ? "resize" : "digit";
+    return { image: base64Of(exact ? canvasOf(exact, model) : this.canvas), fit, invert: false, model: model.name };
   }
 
-  /** Shows 28 x 28 grey values. */
-  setGrey(grey) {
+  setValues(values) {
     this.save();
-    this.fill();
     this.context.imageSmoothingEnabled = false;
-    this.context.drawImage(canvasOf(grey), 0, 0, this.canvas.width, this.canvas.height);
-    this.exact = grey;
-    this.changed();
-  }
-
-  /** Shows a picture with white strokes on black. A picture with dark strokes on a light ground is inverted. */
-  setPicture(bitmap) {
-    this.save();
-    const { width, height } = this.canvas;
-    const scale = Math.min(width / bitmap.width, height / bitmap.height);
-    const [w, h] = [bitmap.width * scale, bitmap.height * scale];
-    this.context.clearRect(0, 0, width, height);
-    this.context.imageSmoothingEnabled = scale < 1;
-    this.context.drawImage(bitmap, (width - w) / 2, (height - h) / 2, w, h);
-    const image = this.context.getImageData(0, 0, width, height);
-    makeStrokesWhite(image, { left: (width - w) / 2, top: (height - h) / 2, width: w, height: h });
-    this.context.putImageData(image, 0, 0);
-    this.exact = null;
+    this.context.drawImage(canvasOf(values, this.model), 0, 0, this.canvas.width, this.canvas.height);
+    this.exact = values;
     this.changed();
   }
 
@@ -94,8 +87,9 @@ export class Pad {
   }
 
   line(to) {
-    const { context } = this;
-    Object.assign(context, { strokeStyle: "#fff", lineWidth: this.width, lineCap: "round", lineJoin: "round" });
+    const { context, model } = this;
+    const strokeStyle = model?.channels === 3 ? find("#pad-colour").value : "#fff";
+    Object.assign(context, { strokeStyle, lineWidth: find("#pad-width").value, lineCap: "round", lineJoin: "round" });
     context.beginPath();
     context.moveTo(...this.last);
     context.lineTo(...to);
@@ -110,35 +104,12 @@ export class Pad {
   }
 }
 
-/** Makes a picture grey, with white strokes on black. `area` is the part of it that is not a margin. */
-function makeStrokesWhite({ data, width }, area) {
-  let [dark, opaque] = [0, 0];
-  for (let i = 0; i < data.length; i += 4) {
-    opaque += data[i + 3];
-    dark += data[i + 3] * (data[i] + data[i + 1] + data[i + 2] < 382);
-  }
-  const ground = dark > opaque / 2 && opaque < 255 * area.width * area.height * 0.98 ? 255 : 0; // behind transparent pixels
-  let [edge, count] = [0, 0];
-  const isInside = (x, y) => x >= area.left && x < area.left + area.width && y >= area.top && y < area.top + area.height;
-  const isEdge = (x, y) =>
-    x < area.left + 2 || x >= area.left + area.width - 2 || y < area.top + 2 || y >= area.top + area.height - 2;
-  for (let i = 0; i < data.length; i += 4) {
-    const alpha = data[i + 3] / 255;
-    const [x, y] = [(i / 4) % width, Math.floor(i / 4 / width)];
-    const grey = alpha * (data[i] + data[i + 1] + data[i + 2]) / 3 + (1 - alpha) * ground;
-    data[i] = data[i + 1] = data[i + 2] = grey;
-    data[i + 3] = isInside(x, y) ? 255 : 0;
-    if (isInside(x, y) && isEdge(x, y)) {
-      edge += grey;
-      count += 1;
-    }
-  }
-  const isLight = edge / count > 127;
-  for (let i = 0; i < data.length; i += 4) {
-    const value = data[i + 3] ? (isLight ? 255 - data[i] : data[i]) : 0;
-    data[i] = data[i + 1] = data[i + 2] = value;
-    data[i + 3] = 255;
-  }
+/** Gives a canvas a multiple of the size of a model's images. Returns true if its size changes. */
+function resize(canvas, { width, height }) {
+  const scale = Math.max(1, Math.round(SIDE / width));
+  if (canvas.width === scale * width && canvas.height === scale * height) return false;
+  Object.assign(canvas, { width: scale * width, height: scale * height });
+  return true;
 }
 
 function positionOf(event, canvas) {
@@ -146,11 +117,10 @@ function positionOf(event, canvas) {
   return [((event.clientX - box.left) / box.width) * canvas.width, ((event.clientY - box.top) / box.height) * canvas.height];
 }
 
-/** A mask over grey values. The pixels that it marks are filled in. */
+/** A mask over values. The pixels that it marks are filled in. */
 export class Mask {
   constructor(canvas) {
-    Object.assign(this, { canvas, grey: new Float32Array(SIDE * SIDE), marked: new Uint8Array(SIDE * SIDE), cursor: [14, 14] });
-    this.context = canvas.getContext("2d");
+    Object.assign(this, { canvas, context: canvas.getContext("2d") });
     this.canvas.addEventListener("pointerdown", (event) => {
       canvas.setPointerCapture(event.pointerId);
       this.isPainting = true;
@@ -160,40 +130,50 @@ export class Mask {
     for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => (this.isPainting = false));
     canvas.addEventListener("keydown", (event) => this.onKey(event));
     for (const name of ["focus", "blur"]) canvas.addEventListener(name, () => this.show());
-    this.show();
+  }
+
+  /** Uses the shape of the images of a model. Nothing is marked. */
+  use(model) {
+    const { width, height } = model;
+    resize(this.canvas, model);
+    const length = width * height;
+    Object.assign(this, { model, marked: new Uint8Array(length), brush: Math.round(width * BRUSH), cursor: [width / 2, height / 2] });
+    this.setValues(new Float32Array(length));
   }
 
   get isEmpty() {
     return !this.marked.includes(1);
   }
 
-  setGrey(grey) {
-    this.grey = grey;
+  setValues(values) {
+    this.values = values;
     this.show();
   }
 
   /** Marks the pixels for which `isMarked(x, y)` is true, and no other. */
   set(isMarked) {
-    this.marked = this.marked.map((_, place) => Number(isMarked(place % SIDE, Math.floor(place / SIDE))));
+    const { width } = this.model;
+    this.marked = this.marked.map((_, place) => Number(isMarked(place % width, Math.floor(place / width))));
     this.show();
   }
 
   /** Returns the PNG file of the mask in base64. White pixels are filled in. */
   get base64() {
-    return base64Of(canvasOf(Float32Array.from(this.marked, (value) => 255 * value)));
+    return base64Of(canvasOf(Float32Array.from(this.marked, (value) => 255 * value), this.model));
   }
 
   paintAt(event) {
-    const [x, y] = positionOf(event, this.canvas).map((each) => Math.floor((each / this.canvas.width) * SIDE));
-    this.paint(x, y);
+    this.paint(...positionOf(event, this.canvas).map((each) => Math.floor(each / this.scale)));
+  }
+
+  get scale() {
+    return this.canvas.width / this.model.width;
   }
 
   paint(x, y) {
-    for (let dy = -BRUSH; dy <= BRUSH; dy++) {
-      for (let dx = -BRUSH; dx <= BRUSH; dx++) {
-        const [px, py] = [x + dx, y + dy];
-        if (px >= 0 && py >= 0 && px < SIDE && py < SIDE) this.marked[py * SIDE + px] = 1;
-      }
+    const { brush, marked, model: { width, height } } = this;
+    for (let py = Math.max(0, y - brush); py <= Math.min(height - 1, y + brush); py++) {
+      for (let px = Math.max(0, x - brush); px <= Math.min(width - 1, x + brush); px++) marked[py * width + px] = 1;
     }
     this.show();
   }
@@ -201,7 +181,10 @@ export class Mask {
   onKey(event) {
     const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
     if (event.key in moves) {
-      this.cursor = this.cursor.map((each, axis) => Math.min(SIDE - 1, Math.max(0, each + moves[event.key][axis])));
+      const { width, height } = this.model;
+      const step = Math.ceil(this.brush / 2);
+      const to = (axis, size) => Math.min(size - 1, Math.max(0, this.cursor[axis] + step * moves[event.key][axis]));
+      this.cursor = [to(0, width), to(1, height)];
     } else if (event.key === " ") {
       this.paint(...this.cursor);
     } else {
@@ -213,18 +196,19 @@ export class Mask {
   }
 
   show() {
-    const { context, canvas } = this;
+    const { context, canvas, model, scale, brush } = this;
     context.imageSmoothingEnabled = false;
-    context.drawImage(canvasOf(this.grey), 0, 0, canvas.width, canvas.height);
-    const size = canvas.width / SIDE;
-    context.fillStyle = "rgb(255 179 71 / 75%)";
+    const image = canvasOf(this.values, model);
+    const marks = image.getContext("2d");
+    marks.fillStyle = "rgb(255 179 71 / 75%)";
     this.marked.forEach((value, place) => {
-      if (value) context.fillRect((place % SIDE) * size, Math.floor(place / SIDE) * size, size, size);
+      if (value) marks.fillRect(place % model.width, Math.floor(place / model.width), 1, 1);
     });
+    context.drawImage(image, 0, 0, canvas.width, canvas.height);
     if (document.activeElement === canvas) {
       context.strokeStyle = "#fff";
-      const [x, y] = this.cursor.map((each) => (each - BRUSH) * size);
-      context.strokeRect(x, y, (2 * BRUSH + 1) * size, (2 * BRUSH + 1) * size);
+      const [x, y] = this.cursor.map((each) => (each - brush) * scale);
+      context.strokeRect(x, y, (2 * brush + 1) * scale, (2 * brush + 1) * scale);
     }
   }
 }

@@ -1,6 +1,5 @@
-// Reads the text chunks of a PNG file, and converts between pictures and 28 x 28 grey values.
-
-export const SIDE = 28;
+// Reads the text chunks of a PNG file, and converts between pictures and the values of their pixels: numbers from 0 to
+// 255, by row, column and channel. `shape` is a model, or another object with width, height and channels.
 
 const MAX_CHUNKS = 1000; // more are not read
 const HEAD = 33; // bytes of the signature and of the first chunk, IHDR
@@ -56,35 +55,36 @@ export function bytesOf(base64) {
   return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
 }
 
-/** Returns a canvas of 28 x 28 pixels with these grey values, which are clipped to 0 to 255. */
-export function canvasOf(grey) {
+/** Returns a canvas with these values, which are clipped to 0 to 255. */
+export function canvasOf(values, { width, height }) {
   const canvas = document.createElement("canvas");
-  canvas.width = canvas.height = SIDE;
-  draw(canvas, grey);
+  Object.assign(canvas, { width, height });
+  draw(canvas, values);
   return canvas;
 }
 
-/** Draws grey values on a canvas of 28 x 28 pixels. */
-export function draw(canvas, grey) {
+export function draw(canvas, values) {
   const context = canvas.getContext("2d");
-  const image = context.createImageData(SIDE, SIDE);
-  for (let i = 0; i < grey.length; i++) {
-    image.data[4 * i] = image.data[4 * i + 1] = image.data[4 * i + 2] = grey[i]; // clipped and rounded by the array
-    image.data[4 * i + 3] = 255;
+  const image = context.createImageData(canvas.width, canvas.height);
+  const channels = (4 * values.length) / image.data.length;
+  for (let i = 0; i < image.data.length; i++) {
+    // Clipped and rounded by the array. The fourth channel is the opacity.
+    image.data[i] = i % 4 === 3 ? 255 : values[Math.floor(i / 4) * channels + ((i % 4) % channels)];
   }
   context.putImageData(image, 0, 0);
 }
 
-/** Returns the PNG file of a canvas in base64. */
 export const base64Of = (canvas) => canvas.toDataURL("image/png").split(",", 2)[1];
 
-/** Returns the 784 grey values of a PNG file in base64. */
-export async function greyOf(base64) {
-  const bitmap = await createImageBitmap(new Blob([bytesOf(base64)], { type: "image/png" }));
+/** Returns the values of a picture, or of a part of it, in another size. */
+export function valuesOf(picture, { width, height, channels }, part = [0, 0, picture.width, picture.height]) {
   const canvas = document.createElement("canvas");
-  canvas.width = canvas.height = SIDE;
+  Object.assign(canvas, { width, height });
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.drawImage(bitmap, 0, 0, SIDE, SIDE);
-  const { data } = context.getImageData(0, 0, SIDE, SIDE);
-  return Float32Array.from({ length: SIDE * SIDE }, (_, i) => data[4 * i]);
+  context.drawImage(picture, ...part, 0, 0, width, height);
+  const { data } = context.getImageData(0, 0, width, height);
+  return Float32Array.from({ length: width * height * channels }, (_, i) => data[4 * Math.floor(i / channels) + (i % channels)]);
 }
+
+export const valuesOfPng = async (base64, shape) =>
+  valuesOf(await createImageBitmap(new Blob([bytesOf(base64)], { type: "image/png" })), shape);

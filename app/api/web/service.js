@@ -62,7 +62,6 @@ export const pause = (seconds, signal) =>
     signal?.addEventListener("abort", () => reject(signal.reason), { once: true });
   });
 
-/** Sends a request and returns the JSON of the response. */
 export async function json(path, body, signal) {
   return (await call(path, { body, signal })).json();
 }
@@ -111,29 +110,4 @@ async function errorOf(response) {
     const detail = `The response has status ${response.status} and does not come from unfog. Check the proxy`;
     return new ServiceError({ status: response.status, code: "unknown", detail, retryAfter });
   }
-}
-
-let loaded = null;
-const names = {}; // digest of a checkpoint -> name of the model
-/** Returns the answer of GET /models. It is requested once, and again after a failure. */
-export function about() {
-  loaded ??= loadModels().catch((error) => {
-    loaded = null;
-    throw error;
-  });
-  return loaded;
-}
-
-async function loadModels() {
-  const answer = await json("models");
-  for (const { name, sha256 } of [...answer.models, answer.clip].filter(Boolean)) names[sha256] = name;
-  return answer;
-}
-
-/** Returns the name of a model of this service by the digest of its checkpoint, or undefined. */
-export const checkpointName = (sha256) => names[sha256];
-
-/** Returns the default model. */
-export async function defaultModel() {
-  return (await about()).models[0];
 }

@@ -2,6 +2,7 @@
 
 import { element, announce, duration, moves, plural, pngUrl } from "./dom.js";
 import { failureBox } from "./failure.js";
+import { modelOf } from "./models.js";
 
 const FRAMES_PER_SECOND = 25; // of the playback
 const CALM_MILLISECONDS = 1000; // time between two updates of the text if the user prefers reduced motion
@@ -17,7 +18,6 @@ export class Stage {
     this.run = null;
   }
 
-  /** Shows a run from now on. */
   show(run) {
     const hadFocus = this.root.contains(document.activeElement);
     this.stop();
@@ -46,7 +46,7 @@ export class Stage {
     const columns = Math.ceil(Math.sqrt(count));
     const pane = (name, text, open) => {
       const images = Array.from({ length: count }, (_, index) => {
-        const image = element("img", { alt: "", width: 28, height: 28 });
+        const image = element("img", { alt: "" });
         if (!open) return element("div", { class: "tile" }, image);
         return element("button", { type: "button", class: "tile", disabled: true, click: () => open(index) }, image);
       });
@@ -81,7 +81,7 @@ export class Stage {
   /** Returns the name of an image for screen readers. */
   nameOf(index) {
     const { body, count } = this.run;
-    return `${body.digit === undefined ? "" : `Digit ${body.digit}, `}image ${index + 1} of ${count}`;
+    return `${body.label === undefined ? "" : `${modelOf(body).title(body.label)}, `}image ${index + 1} of ${count}`;
   }
 
   /** Updates the page before the next frame of the display, so that many events cost one update. */

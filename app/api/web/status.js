@@ -4,7 +4,7 @@ import { lineChart } from "./chart.js";
 import { duration, element, find, plural } from "./dom.js";
 import { failureBox } from "./failure.js";
 import { sampleNow, watchService } from "./health.js";
-import { about } from "./service.js";
+import { about } from "./models.js";
 
 const MINUTES = 5;
 const WINDOW = 3; // samples; images are finished in groups, so that shorter windows show only these groups
@@ -116,7 +116,8 @@ function modelCard(model) {
     : "not supported";
   const facts = {
     Parameters: model.num_parameters.toLocaleString("en"),
-    Image: model.image_shape.slice(1).join(" × "),
+    Classes: model.num_classes,
+    Image: `${model.width} × ${model.height}${model.channels > 1 ? ", colour" : ""}`,
     Steps: `${steps} (default ${model.default_steps})`,
     Samplers: model.samplers.join(", "),
     Guidance: guidance,

@@ -11,5 +11,4 @@ function guarded(use) {
 /** Returns a stored text, or null. `area` is "localStorage" or "sessionStorage". */
 export const load = (area, name) => guarded(() => window[area].getItem(name));
 
-/** Stores a text. */
 export const save = (area, name, text) => guarded(() => window[area].setItem(name, text));

@@ -1,33 +1,40 @@
-// The view "Understand": the forward process, when the digit is decided, guidance, and fewer steps.
+// The view "Understand": the forward process, when the class is decided, guidance, and fewer steps.
 
 import * as comparisons from "./comparisons.js";
 import * as decided from "./decided.js";
 import { find } from "./dom.js";
 import { failureBox } from "./failure.js";
 import * as forward from "./forward.js";
-import { defaultModel } from "./service.js";
+import { about, changes, fullModel } from "./models.js";
 
-let started = null; // the promise of the start, until it fails
+let shown = null; // the model that the view shows
 
-/** Connects the parts of the view when it is opened for the first time. */
+export function start() {
+  for (const part of [forward, decided, comparisons]) part.start();
+  changes.addEventListener("change", () => find("#understand").hidden || open());
+}
+
 export async function open() {
-  started ??= start();
+  let model = shown;
   try {
-    await started;
+    await about();
+    model = fullModel();
+    if (model === shown) return;
+    shown = model;
+    decided.end();
+    const isMeasured = model.has_picture_tasks && model.guidable;
+    find("#decided").hidden = !isMeasured;
+    find("#predicts").hidden = !model.isDigits;
+    for (const each of document.querySelectorAll(".end")) each.textContent = model.end;
+    comparisons.show(model);
+    await forward.show(model);
+    if (model === shown && isMeasured) decided.offer();
   } catch (error) {
-    started = null;
+    if (model !== shown) return; // the user has chosen another one in the meantime
+    shown = null;
     find("#forward-chart").replaceChildren(failureBox(error, open));
   }
 }
 
 /** Stops a measurement when the view is left. */
 export const close = decided.end;
-
-async function start() {
-  const model = await defaultModel();
-  find("#decided").hidden = !model.has_picture_tasks;
-  find("#guidance-section").hidden = !model.guidable;
-  await forward.start(model);
-  if (model.has_picture_tasks) decided.start();
-  comparisons.start(model);
-}

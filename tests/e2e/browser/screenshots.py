@@ -15,7 +15,7 @@ from tests.e2e.browser.conftest import DESKTOP, arguments, program
 from tests.e2e.browser.views import wait_until_finished
 
 SMALL = {"width": 1120, "height": 740}
-RUN = "#/generate?digit=7&count=9&seed=42&num_steps=100&sampler=ddpm&guidance_scale=3&model=default"
+RUN = "#/generate?label=7&count=9&seed=42&num_steps=100&sampler=ddpm&guidance_scale=3&model=default"
 WIDTH = 896  # of the animated picture, in pixels
 FRAME_MS, LAST_MS, STEPS_A_FRAME = 120, 2500, 4
 

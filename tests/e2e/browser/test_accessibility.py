@@ -16,7 +16,7 @@ BUSY = {"status": 429, "code": "overloaded", "detail": "The queue is full"}
 
 
 def finish(page: Page) -> None:
-    generate(page, digit="3", count="4", num_steps="6", seed="1")
+    generate(page, label="3", count="4", num_steps="6", seed="1")
     wait_until_finished(page)
 
 
@@ -165,6 +165,6 @@ def test_theme_button_overrides_the_system_and_is_kept(service: Service, open_pa
 
 def test_reduced_motion_generates_the_same_images(service: Service, open_page: Open) -> None:
     page = open_page(service, reduced_motion="reduce")
-    generate(page, digit="3", count="2", num_steps="20", seed="1")
+    generate(page, label="3", count="2", num_steps="20", seed="1")
     wait_until_finished(page)
     assert page.evaluate("getComputedStyle(document.querySelector('#generate-button')).transitionDuration") == "0s"

@@ -34,7 +34,7 @@ def test_key_is_asked_for_once_and_kept_in_the_session_only(locked: Service, ope
     page.locator("#key").fill(KEY)
     page.keyboard.press("Enter")
     expect(page.locator("#key-dialog")).to_be_hidden()
-    generate(page, digit="3", count="2", num_steps="5", seed="1")
+    generate(page, label="3", count="2", num_steps="5", seed="1")
     wait_until_finished(page)
     assert len(predictions(page)) == 2
     page.reload()
@@ -51,7 +51,7 @@ def test_similarities_are_requested_with_the_key(locked: Service, open_page: Ope
     page.locator("#key").fill(KEY)
     page.keyboard.press("Enter")
     with page.expect_request("**/score") as request:
-        generate(page, digit="3", count="1", num_steps="2", seed="1")
+        generate(page, label="3", count="1", num_steps="2", seed="1")
     assert request.value.headers["authorization"] == f"Bearer {KEY}"
     expect(page.locator("#generate-stage .explanation")).to_be_visible()
 
@@ -75,7 +75,7 @@ def test_key_is_not_in_copied_commands(locked: Service, open_page: Open, watched
     page = open_page(locked, permissions=["clipboard-read", "clipboard-write"])
     page.locator("#key").fill(KEY)
     page.keyboard.press("Enter")
-    generate(page, digit="3", count="1", num_steps="5", seed="1")
+    generate(page, label="3", count="1", num_steps="5", seed="1")
     wait_until_finished(page)
     page.locator("#generate-stage button.tile").click()
     for name in ("Copy as curl", "Copy as Python"):

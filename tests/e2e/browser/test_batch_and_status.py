@@ -152,7 +152,7 @@ def test_failed_sample_request_stops_the_others_and_marks_no_cell(
     page = open_page(start(UNFOG_MAX_BATCH="4", UNFOG_REQUEST_TIMEOUT="300"), "#/batch")
 
     def answer(route: Route) -> None:
-        if route.request.post_data_json["digit"] == 7:  # the last one
+        if route.request.post_data_json["label"] == 7:  # the last one
             route.fulfill(status=503, json=problem)
         else:
             route.continue_()

@@ -27,7 +27,7 @@ from tests.e2e.conftest import Start
 from tests.e2e.service import Service, open_png, pngs
 
 BODY = {
-    "digit": 4,
+    "label": 4,
     "count": 3,
     "seed": 42,
     "num_steps": 4,
@@ -38,7 +38,7 @@ BODY = {
     "model": "default",
 }
 WITHOUT_CLIP = {name: value for name, value in BODY.items() if not name.startswith("clip")}
-ADDRESS = "#/generate?digit=4&count=3&seed=42&num_steps=4&sampler=ddim&guidance_scale=2.5&model=default"
+ADDRESS = "#/generate?label=4&count=3&seed=42&num_steps=4&sampler=ddim&guidance_scale=2.5&model=default"
 NARROW = {"width": 360, "height": 780}
 HOSTILE = [
     "<img src=x onerror=\"document.title='changed'\"></q><b>bold</b>",
@@ -93,13 +93,13 @@ def test_guidance_and_similarities_are_those_of_the_api(start: Start, open_page:
     program = page.evaluate("navigator.clipboard.readText()")
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
     again = httpx.post(f"{service.url}/generate", json={**BODY, "scale": 8}).raise_for_status()
-    assert (tmp_path / "digit.png").read_bytes() == pngs(again)[1]
+    assert (tmp_path / "image.png").read_bytes() == pngs(again)[1]
 
 
 def test_similarity_is_shown_below_each_image_and_explained(service: Service, open_page: Open) -> None:
     page = open_page(service, prepare=stub())
     sent = requests_to(page, "/score")
-    generate(page, digit="3", count="4", num_steps="4", seed="1")
+    generate(page, label="3", count="4", num_steps="4", seed="1")
     wait_until_finished(page)
     expect(explanation(page)).to_have_text(
         f"CLIP similarity to “{digit_prompt(3)}”, real digits: {real_similarity(3):.2f}"
@@ -120,7 +120,7 @@ def test_similarity_is_shown_below_each_image_and_explained(service: Service, op
 def test_service_without_clip_shows_no_field_and_gets_no_call(service: Service, open_page: Open) -> None:
     page = open_page(service, prepare=stub(clip=None))
     sent = requests_to(page, "/score")
-    generate(page, digit="3", count="2", num_steps="3", seed="1")
+    generate(page, label="3", count="2", num_steps="3", seed="1")
     wait_until_finished(page)
     page.wait_for_timeout(200)
     assert sent == []
@@ -180,16 +180,16 @@ def is_score(request: Request) -> bool:
 def test_new_run_cancels_the_call_of_the_previous_run(service: Service, open_page: Open) -> None:
     page = open_page(service, prepare=stub(score=hold_first()))
     with page.expect_request(is_score):
-        generate(page, digit="4", count="2", num_steps="3")
+        generate(page, label="4", count="2", num_steps="3")
     with page.expect_event("requestfailed", is_score):
-        generate(page, digit="5")
+        generate(page, label="5")
     expect(explanation(page)).to_contain_text(digit_prompt(5))
 
 
 def test_leaving_the_view_cancels_the_call_and_returning_repeats_it(service: Service, open_page: Open) -> None:
     page = open_page(service, prepare=stub(score=hold_first()))
     with page.expect_request(is_score):
-        generate(page, digit="4", count="2", num_steps="3")
+        generate(page, label="4", count="2", num_steps="3")
     sent = requests_to(page, "/score")
     with page.expect_event("requestfailed", is_score):
         page.get_by_role("link", name="Status").click()
@@ -205,7 +205,7 @@ def test_more_images_than_a_call_permits_need_several_calls(start: Start, open_p
     service = start(UNFOG_MAX_COUNT="70", UNFOG_MAX_BATCH="70")
     page = open_page(service, prepare=stub())
     sent = requests_to(page, "/score")
-    generate(page, digit="3", count="70", num_steps="1", seed="1")
+    generate(page, label="3", count="70", num_steps="1", seed="1")
     expect(explanation(page)).to_be_visible()
     assert [len(body["images"]) for body in sent] == [64, 6]
     assert similarities(page) == [f"{similarity(index % 64):.2f}" for index in range(70)]
@@ -224,7 +224,7 @@ def test_prompt_needs_guidance_and_its_default_follows_the_digit(service: Servic
     slider.press("3")
     expect(prompt).to_have_attribute("placeholder", digit_prompt(3))
     prompt.press_sequentially("digit 9")
-    assert page.locator('input[name="digit"]:checked').input_value() == "3"
+    assert page.locator('input[name="label"]:checked').input_value() == "3"
     page.get_by_role("button", name="Reset").click()
     expect(prompt).to_be_disabled()
     expect(prompt).to_have_value("")

@@ -144,7 +144,7 @@ def test_dropped_image_of_the_service_restores_its_parameters(shipped: Service, 
     page.get_by_role("button", name="Generate again").click()
     wait_until_finished(page)
     assert predictions(page) == images
-    assert "digit=2&count=2&seed=11&num_steps=6&sampler=ddim&guidance_scale=1.5&model=default" in page.url
+    assert "label=2&count=2&seed=11&num_steps=6&sampler=ddim&guidance_scale=1.5&model=default" in page.url
 
 
 def test_dark_strokes_on_white_are_inverted(shipped: Service, open_page: Open) -> None:

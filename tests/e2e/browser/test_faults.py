@@ -44,7 +44,7 @@ def test_banner_is_shown_until_the_service_answers_again(
     expect(page.locator("#status-figures")).to_contain_text("no answer")
     assert Axe().run(page).violations_count == 0
     page.get_by_role("link", name="Generate").click()
-    generate(page, digit="1", count="1", num_steps="4", seed="1")
+    generate(page, label="1", count="1", num_steps="4", seed="1")
     expect(page.get_by_role("heading", name="The service does not answer")).to_be_visible()
     back = start(UNFOG_PORT=port)
     expect(page.locator("#banner")).to_be_hidden()
@@ -59,7 +59,7 @@ def test_broken_stream_keeps_the_steps_and_offers_the_same_images(
     watched.expected += LOST
     service = start(UNFOG_PORT=port, UNFOG_REQUEST_TIMEOUT="300", UNFOG_MAX_BATCH="1")
     page = open_page(service)
-    generate(page, digit="5", count="16", num_steps="100", seed="9")
+    generate(page, label="5", count="16", num_steps="100", seed="9")
     expect(page.get_by_text(re.compile(r"Step ([3-9]|\d\d) of 100"))).to_be_visible()
     service.process.signal(signal.SIGKILL)
     expect(page.get_by_role("heading", name="The connection broke")).to_be_visible()
@@ -100,5 +100,5 @@ def test_requests_that_are_refused_for_their_rate_are_repeated(start: Start, ope
 def test_deadline_is_explained(start: Start, open_page: Open) -> None:
     service = start(UNFOG_REQUEST_TIMEOUT="0.2", UNFOG_MAX_BATCH="1")
     page = open_page(service)
-    generate(page, digit="5", count="64", num_steps="100", seed="9")
+    generate(page, label="5", count="64", num_steps="100", seed="9")
     expect(page.get_by_role("heading", name="The images took too long")).to_be_visible()

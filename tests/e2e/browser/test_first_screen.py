@@ -70,7 +70,7 @@ def slow(checkpoint: Path) -> Iterator[Service]:
 def test_button_and_first_image_are_inside_the_window(slow: Service, open_page: Open, size: dict[str, Any]) -> None:
     page = open_page(slow, FIRST_VISIT, viewport=size)
     expect(page.get_by_text(re.compile(r"^Step \d+ of 100"))).to_be_visible()
-    running = ("#digit-keys", "#generate-button", "progress", ".run-line button", "div.tile", "button.tile")
+    running = ("#label-keys", "#generate-button", "progress", ".run-line button", "div.tile", "button.tile")
     for selector in running:
         assert is_inside(page, selector), selector
     assert_fits(page)
@@ -127,6 +127,7 @@ def test_answer_is_inside_the_window_after_a_stroke(service: Service, open_page:
 
 
 RECOGNISED = {
+    "label": "7",
     "digit": 7,
     "is_digit": True,
     "probabilities": [0, 0, 0, 0, 0, 0, 0, 1, 0, 0],

@@ -21,7 +21,7 @@ from tests.e2e.process import wait_until
 from tests.e2e.service import Service, pngs
 
 BODY = {
-    "digit": 4,
+    "label": 4,
     "count": 3,
     "seed": 42,
     "num_steps": 12,
@@ -29,7 +29,7 @@ BODY = {
     "guidance_scale": 2.5,
     "model": "default",
 }
-ADDRESS = "#/generate?digit=4&count=3&seed=42&num_steps=12&sampler=ddim&guidance_scale=2.5&model=default"
+ADDRESS = "#/generate?label=4&count=3&seed=42&num_steps=12&sampler=ddim&guidance_scale=2.5&model=default"
 
 
 def test_form_generates_the_images_of_the_api_and_a_reload_repeats_them(service: Service, open_page: Open) -> None:
@@ -42,7 +42,7 @@ def test_form_generates_the_images_of_the_api_and_a_reload_repeats_them(service:
     page.reload()
     wait_until_finished(page)
     assert predictions(page) == expected
-    assert page.locator('input[name="digit"]:checked').input_value() == "4"
+    assert page.locator('input[name="label"]:checked').input_value() == "4"
     assert page.locator("#guidance-value").text_content() == "2.5"
 
 
@@ -117,7 +117,7 @@ def test_play_shows_the_steps_from_the_first_to_the_last(service: Service, open_
 def test_digit_keys_choose_the_digit_unless_the_user_types(service: Service, open_page: Open) -> None:
     page = open_page(service)
     expect(page.locator("#generate-button")).to_be_enabled()
-    chosen = page.locator('input[name="digit"]:checked')
+    chosen = page.locator('input[name="label"]:checked')
     page.keyboard.press("2")
     expect(chosen).to_have_value("2")
     page.locator("#advanced-button").click()
@@ -136,7 +136,7 @@ def test_cancel_stops_the_images_in_the_service(service: Service, open_page: Ope
     service.wait_until_idle()
     before = service.metrics().value("cancelled_total", stage="running")
     page = open_page(service)
-    generate(page, digit="1", count="64", num_steps="100")
+    generate(page, label="1", count="64", num_steps="100")
     expect(page.get_by_text(re.compile(r"Step \d+ of 100"))).to_be_visible()
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator("#generate-stage").get_by_text(re.compile(r"^Cancelled after"))).to_be_visible()
@@ -161,7 +161,7 @@ def test_dialog_copies_commands_that_generate_the_image_again(
     expect(page.get_by_text("Python program copied.")).to_be_visible()
     program = page.evaluate("navigator.clipboard.readText()")
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
-    assert (tmp_path / "digit.png").read_bytes() == expected
+    assert (tmp_path / "image.png").read_bytes() == expected
 
     choose_more(page, "Copy as curl", "#detail")
     expect(page.get_by_text("curl command copied.")).to_be_visible()
@@ -210,7 +210,7 @@ def test_dialog_moves_between_finished_images_by_keyboard(service: Service, open
 def test_dialog_of_a_cancelled_run_skips_unfinished_images(start: Start, open_page: Open) -> None:
     service = start(UNFOG_MAX_BATCH="4", UNFOG_REQUEST_TIMEOUT="300")
     page = open_page(service)
-    generate(page, digit="1", count="64", num_steps="60", seed="1")
+    generate(page, label="1", count="64", num_steps="60", seed="1")
     expect(page.locator("#generate-stage button.tile:enabled").first).to_be_hidden()
     page.wait_for_timeout(500)
     wait_until(lambda: service.metrics().value("images_total", digit="1") >= 2, "two images are finished")
@@ -313,7 +313,7 @@ def test_page_works_without_storage(service: Service, open_page: Open) -> None:
     )
     page.reload()
     page.get_by_role("button", name="Switch between light and dark").click()
-    generate(page, digit="1", count="1", num_steps="3", seed="1")
+    generate(page, label="1", count="1", num_steps="3", seed="1")
     wait_until_finished(page)
 
 
@@ -321,7 +321,7 @@ def test_history_brings_back_an_earlier_run(service: Service, open_page: Open) -
     page = open_page(service, ADDRESS)
     wait_until_finished(page)
     first = predictions(page)
-    page.goto(f"{service.url}/{ADDRESS.replace('digit=4', 'digit=5')}")
+    page.goto(f"{service.url}/{ADDRESS.replace('label=4', 'label=5')}")
     expect(page.locator("#history-list li")).to_have_count(2)
     assert predictions(page) != first
     page.get_by_role("button", name="Digit 4, 3 images, seed 42").click()
@@ -334,7 +334,7 @@ def test_history_brings_back_an_earlier_run(service: Service, open_page: Open) -
 def test_model_with_few_steps_offers_only_what_it_permits(start: Start, fast_checkpoint: Path, open_page: Open) -> None:
     service = start(UNFOG_FAST_CHECKPOINT=str(fast_checkpoint))
     page = open_page(service)
-    generate(page, model="fast", digit="6", count="1", seed="5")
+    generate(page, model="fast", label="6", count="1", seed="5")
     wait_until_finished(page)
     assert page.locator('input[name="sampler"]:enabled').evaluate_all("all => all.map((input) => input.value)") == [
         "ddim"
@@ -354,7 +354,7 @@ def test_full_queue_counts_down_and_then_the_request_can_be_repeated(
     expect(page.locator('input[name="model"]')).to_have_count(1)
     with service.events({"digit": 1, "count": 64, "num_steps": 40}) as events:
         next(events)
-        generate(page, digit="2", count="64", num_steps="2", seed="1")
+        generate(page, label="2", count="64", num_steps="2", seed="1")
         expect(page.get_by_role("heading", name="The service is busy")).to_be_visible()
         retry = page.get_by_role("button", name="Try again")
         expect(retry).to_be_disabled()
@@ -368,7 +368,7 @@ def test_full_queue_counts_down_and_then_the_request_can_be_repeated(
 
 def test_phone_shows_the_form_and_then_the_images(service: Service, open_page: Open) -> None:
     page = open_page(service, viewport=PHONE, has_touch=True)
-    generate(page, digit="9", count="4", num_steps="5", seed="3")
+    generate(page, label="9", count="4", num_steps="5", seed="3")
     wait_until_finished(page)
     expect(page.locator("#generate-stage button.tile").first).to_be_in_viewport()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -73,7 +73,7 @@ def test_main_thread_stays_free_while_64_images_with_100_previews_arrive(start: 
         page.wait_for_timeout(1000)  # the tasks of the start are not measured
         page.evaluate(WATCH_TASKS)
         page.evaluate("longTasks.length = 0")
-        generate(page, digit="8", count="64", num_steps="100", seed=str(seed))
+        generate(page, label="8", count="64", num_steps="100", seed=str(seed))
         wait_until_finished(page)
         page.wait_for_timeout(500)
         longest.append(max(page.evaluate("longTasks"), default=0))

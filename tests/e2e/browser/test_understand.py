@@ -128,7 +128,7 @@ def test_model_without_tasks_and_guidance_hides_what_it_does_not_support(
     page.locator("#steps-run").click()
     expect(page.locator("#steps-result img")).to_have_count(1)
     page.get_by_role("link", name="Draw").click()
-    expect(page.get_by_text("The model of this service supports only the view Generate.")).to_be_visible()
+    expect(page.get_by_text("This model only generates images.")).to_be_visible()
     page.get_by_role("link", name="Batch").click()
     page.get_by_role("button", name="Send sample requests").click()
     wait_until_compared(page)
@@ -141,7 +141,7 @@ def test_guidance_scales_start_from_the_same_noise(service: Service, open_page: 
     page = open_page(service, "#/understand")
     marked = f"guidance acts from t = {GUIDANCE.stop} down to t = {GUIDANCE.start}"
     expect(page.locator("#guidance-chart .legend")).to_contain_text(marked)
-    page.locator("#guidance-digit").select_option("5")
+    page.locator("#guidance-label").select_option("5")
     sent: list[dict[str, Any]] = []
     page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
     page.locator("#guidance-run").click()

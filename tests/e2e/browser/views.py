@@ -44,10 +44,10 @@ def choose_more(page: Page, action: str, root: str = "#generate-stage") -> None:
 
 def generate(page: Page, **fields: str) -> None:
     """Fills in the form and submits it."""
-    if fields.keys() - {"digit"} and page.locator("#advanced").is_hidden():
+    if fields.keys() - {"label"} and page.locator("#advanced").is_hidden():
         page.locator("#advanced-button").click()
     for name, value in fields.items():
-        if name in ("digit", "sampler", "model"):
+        if name in ("label", "sampler", "model"):
             page.locator(f'#generate-form input[name="{name}"][value="{value}"]').check(force=True)
         elif name in ("num_steps", "guidance_scale", "clip_guidance_scale"):
             page.locator(f'[name="{name}"]').evaluate(
