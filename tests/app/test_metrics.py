@@ -13,7 +13,7 @@ EVERY_METRIC = [
     ("requests", "unfog_requests_total", "counter", ("route", "code")),
     ("request_duration", "unfog_request_duration_seconds", "histogram", ("route",)),
     ("requests_in_progress", "unfog_requests_in_progress", "gauge", ()),
-    ("images", "unfog_images_total", "counter", ("digit",)),
+    ("images", "unfog_images_total", "counter", ("digit", "label")),
     ("queue_depth", "unfog_queue_depth_images", "gauge", ()),
     ("queue_capacity", "unfog_queue_capacity_images", "gauge", ()),
     ("running_images", "unfog_running_images", "gauge", ()),

@@ -14,7 +14,8 @@ import pytest
 from jsonschema import Draft202012Validator
 from PIL import Image
 
-from app.api.native.generate import PROMPT_NEEDS_A_SCALE
+from app.api.native.generate import NEEDS_A_CLASS, PROMPT_NEEDS_A_SCALE
+from app.api.native.operations import ONE_CLASS
 from app.api.operations import FILE
 from app.engine.interface import ModelInfo
 from app.main import create_app
@@ -375,7 +376,11 @@ def test_document_contains_the_limits_of_the_shipped_models(body: dict[str, Any]
 
 def test_document_has_no_limits_of_a_model_without_a_readable_checkpoint(tmp_path: Path) -> None:
     served = create_app(Settings(checkpoint=tmp_path / "missing.safetensors")).openapi()
-    assert served["components"]["schemas"]["GenerateRequest"]["allOf"] == [PROMPT_NEEDS_A_SCALE]
+    assert served["components"]["schemas"]["GenerateRequest"]["allOf"] == [
+        PROMPT_NEEDS_A_SCALE,
+        NEEDS_A_CLASS,
+        ONE_CLASS,
+    ]
 
 
 FAST = replace(INFO, name="fast", steps=(4, 2), samplers=("ddim",), guidable=False)

@@ -278,7 +278,7 @@ def test_images_can_be_generated_again_from_the_provenance(media_type: str) -> N
         decoded = await animation_of(client, media_type, body)
         provenance, indices = Provenance.parse(decoded.text)
         again = {
-            "digit": provenance.digit,
+            "label": provenance.labels[0],
             "count": len(indices),
             "seed": provenance.seed,
             "num_steps": provenance.num_steps,

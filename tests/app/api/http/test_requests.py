@@ -209,7 +209,6 @@ def test_deeply_nested_body_is_rejected() -> None:
 @pytest.mark.parametrize(
     ("body", "field"),
     [
-        ("{}", "digit"),
         ('{"digit": 10}', "digit"),
         ('{"digit": -1}', "digit"),
         ('{"digit": 7.5}', "digit"),
@@ -276,11 +275,11 @@ def test_error_about_an_unknown_field_names_the_most_similar_field(name: str, in
     assert found == {"loc": ["body", name], "msg": f"Unknown field{hint}"}
 
 
-def test_detail_names_the_mistyped_field_and_not_the_missing_one() -> None:
+def test_detail_names_the_mistyped_field_before_the_others() -> None:
     with pytest.raises(errors.InvalidRequest) as invalid:
         read(b'{"count": 0, "digt": 7}')
     assert invalid.value.detail == "body.digt: Unknown field. Did you mean digit?"
-    assert [item["loc"][1] for item in invalid.value.errors] == ["digt", "count", "digit"]
+    assert [item["loc"][1] for item in invalid.value.errors] == ["digt", "count"]
 
 
 def test_length_of_an_echoed_field_name_is_limited() -> None:

@@ -22,12 +22,15 @@ ARRAYS: dict[str, Array] = {"image": IMAGES, "seed": SEEDS}
 
 def read(document: Any, largest: int = LARGEST) -> dict[str, list[int]]:
     return {
-        name: list(each) for name, each in read_inputs(json.dumps(document).encode(), None, largest).elements.items()
+        name: list(each)
+        for name, each in read_inputs(json.dumps(document).encode(), None, largest, "digit").elements.items()
     }
 
 
 def read_binary(document: dict[str, Any], *raw: bytes) -> dict[str, list[int]]:
-    return {name: list(each) for name, each in read_inputs(*binary_body(document, *raw), LARGEST).elements.items()}
+    return {
+        name: list(each) for name, each in read_inputs(*binary_body(document, *raw), LARGEST, "digit").elements.items()
+    }
 
 
 def test_json_inputs_are_read_by_name_in_any_order() -> None:
@@ -171,39 +174,39 @@ def test_invalid_binary_request_is_refused(document: dict[str, Any], raw: bytes,
 @pytest.mark.parametrize("length", ["", " ", "-1", "+5", "5.0", "0x10", "1_0", "\N{ARABIC-INDIC DIGIT FIVE}", "9" * 20])
 def test_header_that_is_not_a_number_is_refused(length: str) -> None:
     with pytest.raises(InvalidRequest, match=r"header\.Inference-Header-Content-Length"):
-        read_inputs(json.dumps(body_of([1])).encode(), length, LARGEST)
+        read_inputs(json.dumps(body_of([1])).encode(), length, LARGEST, "digit")
 
 
 def test_header_that_is_longer_than_the_body_is_refused() -> None:
     body = json.dumps(body_of([1])).encode()
     with pytest.raises(InvalidRequest, match=f"at most {len(body)} for this body"):
-        read_inputs(body, str(len(body) + 1), LARGEST)
+        read_inputs(body, str(len(body) + 1), LARGEST, "digit")
 
 
 @pytest.mark.parametrize("length", [None, "0", "10"])
 def test_header_that_does_not_end_at_the_json_object_gives_malformed_json(length: str | None) -> None:
     body, _ = binary_body(TWO, raw_of([1, 2]))
     with pytest.raises(MalformedJSON, match="Inference-Header-Content-Length"):
-        read_inputs(body, length, LARGEST)
+        read_inputs(body, length, LARGEST, "digit")
 
 
 @pytest.mark.parametrize("depth", [500, 10_000])
 def test_nested_lists_are_refused(depth: int) -> None:
     body = b'{"inputs": [{"name": "digit", "datatype": "INT64", "shape": [1], "data": ' + b"[" * depth + b"]" * depth
     with pytest.raises(UnfogError):
-        read_inputs(body + b"}]}", None, LARGEST)
+        read_inputs(body + b"}]}", None, LARGEST, "digit")
 
 
 @pytest.mark.parametrize("elements", [[10], [0, 10], [2**63 - 1]])
 def test_digit_above_the_maximum_is_refused_with_its_position(elements: list[int]) -> None:
-    inputs = read_inputs(json.dumps(body_of(elements)).encode(), None, LARGEST)
+    inputs = read_inputs(json.dumps(body_of(elements)).encode(), None, LARGEST, "digit")
     with pytest.raises(InvalidRequest, match=rf"inputs\.0\.data\.{len(elements) - 1}: Input should be from 0 to 9"):
         check_elements(inputs, "digit", 9)
 
 
 def test_negative_binary_element_is_refused() -> None:
     document = {"inputs": [binary_tensor("digit", 1), binary_tensor("seed", 1)]}
-    inputs = read_inputs(*binary_body(document, raw_of([1]), raw_of([-1])), LARGEST)
+    inputs = read_inputs(*binary_body(document, raw_of([1]), raw_of([-1])), LARGEST, "digit")
     check_elements(inputs, "digit", 9)
     with pytest.raises(InvalidRequest, match=r"inputs\.1\.data\.0: Input should be from 0 to 9007199254740991"):
         check_elements(inputs, "seed", 2**53 - 1)
@@ -212,7 +215,7 @@ def test_negative_binary_element_is_refused() -> None:
 @given(st.binary(max_size=300), st.one_of(st.none(), st.integers(-5, 400).map(str)))
 def test_random_body_is_read_or_refused(body: bytes, length: str | None) -> None:
     with pytest.raises(UnfogError):
-        read_inputs(body, length, LARGEST)
+        read_inputs(body, length, LARGEST, "digit")
 
 
 @given(
@@ -224,10 +227,10 @@ def test_binary_body_is_read_only_if_its_sizes_are_exact(digits: list[int], raw:
     document = {"inputs": [binary_tensor("digit", len(digits))]}
     body, length = binary_body(document, raw_of(digits), raw)
     if not raw and not cut:
-        assert list(read_inputs(body, length, LARGEST).elements["digit"]) == digits
+        assert list(read_inputs(body, length, LARGEST, "digit").elements["digit"]) == digits
         return
     with pytest.raises(UnfogError):
-        read_inputs(body, str(int(length) + cut), LARGEST)
+        read_inputs(body, str(int(length) + cut), LARGEST, "digit")
 
 
 # Outputs

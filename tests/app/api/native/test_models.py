@@ -67,7 +67,9 @@ def test_limits_are_those_of_the_settings() -> None:
     run(check, FakeRunner(), max_count=7, request_timeout=12.5, max_image_bytes=100_000, queue_capacity=50)
 
 
-@pytest.mark.parametrize("info", [INFO, replace(INFO, steps=(100,)), replace(INFO, image_shape=(3, 28, 28))])
+@pytest.mark.parametrize(
+    "info", [INFO, replace(INFO, steps=(100,)), replace(INFO, image_shape=(3, 28, 28), normalises_drawings=False)]
+)
 def test_has_picture_tasks_is_true_if_the_routes_for_pictures_accept_the_model(info: ModelInfo) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         (model,) = (await client.get("/models")).json()["models"]

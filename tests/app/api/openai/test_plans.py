@@ -81,8 +81,8 @@ def test_other_models_are_refused(name: str) -> None:
 
 def test_edit_with_a_model_without_picture_tasks_is_refused() -> None:
     assert_refused("model", "The model 'fast' does not support edits. Use 'default'", edit, model="fast")
-    colour: Models = {"default": replace(INFO, image_shape=(3, 32, 32))}
-    assert_refused("model", "The model 'default' does not support edits", edit, colour)
+    few_steps: Models = {"default": replace(INFO, steps=(4,))}
+    assert_refused("model", "The model 'default' does not support edits", edit, few_steps)
 
 
 def test_digit_that_the_model_cannot_generate_is_refused() -> None:
@@ -106,7 +106,17 @@ def assert_refused(field: str, reason: str, plan: Any, *arguments: Any, **fields
 @pytest.mark.parametrize("side", [28, 32])
 def test_every_multiple_up_to_16_is_permitted(side: int) -> None:
     assert [scale_of(f"{side * scale}x{side * scale}", side) for scale in range(1, 17)] == list(range(1, 17))
-    assert scale_of("auto", side) == 10
+
+
+@pytest.mark.parametrize(("side", "scale"), [(28, 10), (32, 8), (64, 4), (256, 1), (300, 1)])
+def test_auto_is_the_largest_multiple_up_to_280_pixels(side: int, scale: int) -> None:
+    assert scale_of("auto", side) == scale
+
+
+def test_large_images_are_enlarged_to_at_most_512_pixels() -> None:
+    assert scale_of("512x512", 64) == 8
+    with pytest.raises(InvalidRequest, match="multiples of 64 pixels up to 512. The nearest permitted size is 512x512"):
+        scale_of("576x576", 64)
 
 
 @pytest.mark.parametrize(

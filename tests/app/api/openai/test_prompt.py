@@ -1,13 +1,16 @@
 import itertools
+import re
 import time
 import unicodedata
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.api.openai.prompt import HOW, OTHER_NAMES, description_of, digit_of
+from app.api.openai.prompt import description_of, digit_of, label_of_prompt
 from model.prompts import DIGIT_WORDS
+from tests.app.fakes import INFO
 
 PROFILE = settings(derandomize=True, deadline=None, database=None, max_examples=300)
 WORDS = [
@@ -163,4 +166,47 @@ def test_time_is_linear_in_the_length_of_the_prompt() -> None:
 
 
 def test_description_of_a_digit_is_a_prompt_for_it() -> None:
-    assert [digit_of(description_of(digit)) for digit in range(10)] == list(range(10))
+    assert [digit_of(description_of(INFO, digit)) for digit in range(10)] == list(range(10))
+
+
+NAMES = ("cat", "dog", "fire truck", "truck", "T-shirt", "7", "caf\xe9")
+THINGS = replace(INFO, name="things", class_names=NAMES)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("a cat", "cat"),
+        ("DOG!", "dog"),
+        ("A red fire truck, and another fire-truck", "fire truck"),
+        ("a truck", "truck"),
+        ("a fire and a truck", "truck"),
+        ("my t-shirt", "T-shirt"),
+        ("number 7 of 12", "7"),
+        ("un caf\xe9", "caf\xe9"),
+        (30_000 * "x " + "cat", "cat"),
+    ],
+)
+def test_prompt_names_a_class_by_the_words_of_its_name(prompt: str, name: str) -> None:
+    assert THINGS.class_names[label_of_prompt(prompt, THINGS)] == name
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("cats", "The prompt names no class. Did you mean 'cat'? Name exactly one class of the model 'things'"),
+        ("a bicycle", "The prompt names no class. Name exactly one class"),
+        ("", "The prompt names no class. Name"),
+        ("a cat, a dog and a truck", "The prompt names several classes: cat, dog, truck. Name exactly one"),
+        ("a fire truck and a truck", "The prompt names several classes: fire truck, truck. "),
+        (" ".join(map("x{}".format, range(9000))), "The prompt names no class. Name"),
+    ],
+)
+def test_prompt_that_names_not_exactly_one_class_is_refused(prompt: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        label_of_prompt(prompt, THINGS)
+
+
+def test_digit_that_the_model_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="The model 'default' generates only the digits 0 to 4. Name one of them"):
+        label_of_prompt("seven", replace(INFO, class_names=tuple("01234")))
