@@ -111,6 +111,13 @@ def test_layer_of_app_imports_only_lower_layers() -> None:
     assert wrong == set()
 
 
+def test_only_the_shared_state_of_the_engine_imports_what_its_lock_protects() -> None:
+    protected = {"app.engine.admission", "app.engine.backlog"}
+    assert {module for module, found in graph("app").items() if found & protected} - protected == {
+        "app.engine.shared_state"
+    }
+
+
 @pytest.mark.parametrize("package", sorted(PACKAGES))
 def test_imports_are_not_circular(package: str) -> None:
     edges = graph(package)

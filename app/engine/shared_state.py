@@ -3,6 +3,7 @@
 One lock protects this state. Only `SharedState` has the lock, the admission and the backlog of an engine. Each of its
 methods takes the lock itself and returns values or copies, so that no code can forget the lock. Callers wait on
 futures. The engine thread waits on the condition variable of the lock while there is no work. Neither of them polls.
+tests/app/engine/lock_guard.py finds uses without the lock.
 
 The engine thread does not receive its work through a queue of commands, because it would answer `submit` only after the
 step in progress, but a request that is refused must be answered at once.
