@@ -39,8 +39,9 @@ from app.api.openai import images as openai
 from app.api.openai import models as openai_models
 from app.api.openapi import add_openapi
 from app.api.service import Service
-from app.engine.engine import Engine, EngineState
+from app.engine.engine import Engine
 from app.engine.interface import StepRunner
+from app.engine.shared_state import EngineState
 from app.logs import num_lines_dropped
 from app.metrics import Metrics
 from app.runner.load import load_runner
@@ -156,9 +157,9 @@ def _add_middleware(
 
 def _watch(engine: Engine, meters: Metrics) -> None:
     """Connects the gauges to the engine. Each scrape reads the current state."""
-    meters.queue_depth.set_function(lambda: engine.backlog.waiting)
-    meters.queue_capacity.set(engine.backlog.capacity)
-    meters.running_images.set_function(lambda: engine.backlog.running)
+    meters.queue_depth.set_function(lambda: engine.count_images().waiting)
+    meters.queue_capacity.set(engine.capacity)
+    meters.running_images.set_function(lambda: engine.count_images().running)
     meters.ready.set_function(lambda: engine.apparent_state is EngineState.OK)
     meters.alive.set_function(lambda: engine.alive)
     meters.watch_dropped_log_lines(num_lines_dropped)

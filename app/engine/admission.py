@@ -1,6 +1,6 @@
 """Admission control: admits a job only if every admitted job still finishes before its deadline.
 
-This module uses no threads and no clock. The engine holds its lock and passes the time.
+This module uses no threads and no clock. SharedState holds its lock and passes the time (see shared_state.py).
 
 Admission refuses a job with 429 in two cases:
 
@@ -39,6 +39,7 @@ from dataclasses import dataclass
 
 from app import errors
 from app.engine.backlog import Backlog
+from app.engine.batch import Calls
 from app.engine.batcher import StepLimits, select_rows
 from app.engine.job import (
     DEFAULT_MODEL,
@@ -60,7 +61,6 @@ log = logging.getLogger(__name__)
 # leaves room for this and for other requests.
 TIMEOUT_FACTOR = 60.0
 DEFAULT_KIND = StepKind((DEFAULT_MODEL,), GUIDED_EVALUATIONS, has_clip=False)  # of steps of the default model
-Calls = tuple[dict[str, int], dict[str, int]]  # of a step: evaluations by model, rows with CLIP guidance by model
 
 # The slack is computed for steps that are slower than now by SPEED_MARGIN. It is valid until they are slower than that,
 # or until their slowdown is less than FASTER times that: a lost job (see backlog.py) may then no longer be lost.

@@ -18,6 +18,7 @@ from app.engine.job import STOPPED, Clock, IntArray, StepKind, StepRows, Traject
 # in the backlog, and 1 for the tail of a job.
 _SIZE, _CHANGES_AT, _FIRST, _PLACE, _IS_TAIL = range(5)
 NEVER = 1 << 62
+Calls = tuple[dict[str, int], dict[str, int]]  # of a step: evaluations by model, rows with CLIP guidance by model
 FEW_ROWS = 4  # to remove more rows, one pass over the batch is faster than one search for each row
 
 
@@ -103,7 +104,7 @@ class Batch:
         size, place, tail = self._array[_SIZE], self._array[_PLACE], self._array[_IS_TAIL]
         return np.stack([np.bincount(place, weights, minlength=num_places) for weights in (size, size * tail, tail)])
 
-    def calls(self, kind: StepKind) -> tuple[dict[str, int], dict[str, int]]:
+    def calls(self, kind: StepKind) -> Calls:
         """Returns the evaluations of the network call of each model, and its number of rows with CLIP guidance.
 
         A step makes one network call for each model. `kind` is that of the jobs of the rows.

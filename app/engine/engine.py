@@ -1,20 +1,8 @@
 """The engine: a thread that repeatedly selects rows, runs their step and answers finished jobs.
 
-Threads: one condition variable protects the state that the engine thread shares with the callers of `submit`, `cancel`,
-`drain` and `give_up`. Callers wait on futures. The engine thread waits on the condition variable while there is no
-work. Neither of them polls. The shared state is:
-
-    backlog       the jobs, their rows, the batch, the table, and the jobs that send previews or frames
-    admission     the limits, the slack, the reserve and the step times
-    jobs          `place`, `num_waiting`, `num_pending`, `unfinished` and the answer; only the engine thread changes
-                  `unfinished`, and therefore reads it without the condition
-    rows          the clock of a row changes when its job is cancelled, in one assignment, so that the runner can read
-                  `step` without the condition
-    engine        `_abandoned`, `_drained`, `_stopping` and `state`; callers also read `state`, `_num_steps` and
-                  `_last_beat` without the condition, because each is a single value
-
-The engine thread alone uses the runner, the readings and the counts of failures. `Mailbox` in app/api/http/events.py
-passes events to the event loop.
+The engine thread alone uses the runner, the readings and the counts of failures. It shares all other state with the
+callers of the engine through `SharedState`, which has the lock. `Mailbox` in app/api/http/events.py passes events
+to the event loop. Callers also read `_last_beat`, which is a single value.
 
 Failures: if a step raises, it is run again in halves until the failing rows are isolated (see isolation.py). Only their
 jobs fail. After MAX_FAILED_BATCHES batches in which every row failed, the engine generates the probe image of each
@@ -36,42 +24,21 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
 
 from app import errors
-from app.engine.admission import Admission, Calls
-from app.engine.batch_feed import Batch, BatchFeed
+from app.engine.batch import Calls
 from app.engine.interface import ClipEmbedder, ModelInfo, Reading, RunnerError, StepRunner
 from app.engine.isolation import R, isolate
 from app.engine.job import Frame, Job, Pixels, Result, StepRows, Trajectory
 from app.engine.meters import EngineMetrics
+from app.engine.shared_state import RESTART_SECONDS, EngineState, ImageCounts, SharedState, Step
 from app.engine.step_times import StepTimes
 
 log = logging.getLogger(__name__)
 
-STARTING_SECONDS = 5  # Retry-After while the service starts: the usual duration of loading and warm-up
-RESTART_SECONDS = 10  # Retry-After while the service drains or has failed: the usual duration of a restart
 IDLE_SECONDS = 0.5  # after this time without work, the runner does its idle work (see StepRunner.idle)
 MAX_FAILED_BATCHES = 3  # consecutive batches in which every row failed, after which the engine tests itself
-
-
-class EngineState(StrEnum):
-    """The state of the engine. Jobs are admitted only in the state `ok`."""
-
-    STARTING = "starting"
-    OK = "ok"
-    DRAINING = "draining"
-    FAILED = "failed"
-
-    def refuse_unless_ok(self) -> None:
-        """Raises Starting, Draining or EngineFailed if the state is not `ok`."""
-        if self is EngineState.STARTING:
-            raise errors.Starting(STARTING_SECONDS)
-        if self is EngineState.DRAINING:
-            raise errors.Draining(RESTART_SECONDS)
-        if self is EngineState.FAILED:
-            raise errors.EngineFailed(RESTART_SECONDS)
 
 
 class Engine:
@@ -86,28 +53,22 @@ class Engine:
         watchdog_seconds: float,
         metrics: EngineMetrics,
     ) -> None:
-        self.state = EngineState.STARTING
         self.models: dict[str, ModelInfo] = {}  # the served models by name; empty until the engine is ready
         self.clip: ClipEmbedder | None = None  # None until the engine is ready, and without a CLIP model
+        self.clip_evaluations = 0  # network evaluations that take as long as the gradient of CLIP for one row
         self.device_memory: Callable[[], int] | None = None  # returns the bytes reserved on a GPU; set when ready
-        # Called immediately before the network call of each step, and before the engine waits for work. Listeners can
+        # Called immediately before the network call of each step, and in each iteration without a step. Listeners can
         # store their events and deliver them here. If they woke another thread earlier, that thread would take the
         # interpreter's lock, and the engine would wait for it. A compiled network call does not need the lock.
         self.deliver: Callable[[], None] = lambda: None
         self.ready: Future[None] = Future()  # completes after loading and warm-up, with their error if they failed
         self._load = load
         self._watchdog_seconds, self._metrics = watchdog_seconds, metrics
-        self._admission = Admission(capacity, max_batch)
-        self.backlog = self._admission.backlog
-        self.feed = BatchFeed()
-        self._condition = threading.Condition()
-        self._abandoned: list[Trajectory] = []  # rows of jobs that ended early; the engine thread frees their slots
-        self._drained: Future[None] | None = None  # the future that drain() returns
-        self._has_given_up = False
-        self._stopping = False
-        self._num_steps = 0
+        self.capacity = capacity  # the maximum number of waiting images
+        self._shared = SharedState(capacity, max_batch, metrics)
+        self.feed = self._shared.feed
         self._step_end = 0.0  # the time at which the last step returned, a value of time.monotonic()
-        # The calls of the steps that the device has not finished (see Admission.calls), or None for a part of a batch.
+        # The calls of the steps that the device has not finished (see Step), or None for a part of a batch.
         self._unfinished: deque[Calls | None] = deque()
         # Readings whose values are not handled yet: a function that says if they are known, and one that handles them.
         self._readings: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
@@ -127,60 +88,49 @@ class Engine:
         `is_accepted` is True for a request that has waited for CLIP. It is also admitted during a drain, unless
         `give_up` has answered all requests.
         """
-        with self._condition:
-            state = self.apparent_state
-            if not (is_accepted and state is EngineState.DRAINING and not self._has_given_up):
-                state.refuse_unless_ok()
-            self._admission.admit(job, time.monotonic())
-            job.timings.submitted_at_step = self._num_steps
-            self._condition.notify()
+        if not self.alive:  # A stuck engine would not finish the job.
+            raise errors.EngineFailed(RESTART_SECONDS)
+        self._shared.submit(job, is_accepted=is_accepted)
 
     def cancel(self, job: Job, error: Exception) -> None:
         """Answers a job with an error. The next step does not contain its rows. Does nothing if the job is answered."""
-        if job.closed:  # No lock is needed, and the engine thread need not wake up.
-            return
-        with self._condition:
-            self._end(job, error)
-            self._condition.notify()
+        self._shared.cancel(job, error)
 
     def drain(self) -> Future[None]:
         """Refuses new jobs from now on. Returns a future that completes when all admitted jobs are answered."""
-        with self._condition:
-            if self.state is not EngineState.FAILED:
-                self.state = EngineState.DRAINING
-            if not self._drained:
-                self._drained = Future()
-                self._drained.set_running_or_notify_cancel()  # A future that is running cannot be cancelled by callers.
-            self._complete_drain_if_idle()
-            self.feed.end(errors.Draining(RESTART_SECONDS))
-            return self._drained
+        drained = self._shared.drain()
+        self.feed.end(errors.Draining(RESTART_SECONDS))
+        return drained
 
     def give_up(self, error: errors.UnfogError) -> None:
         """Answers all unanswered jobs with the error, and ends the feed with it."""
         self.feed.end(error)
-        with self._condition:
-            self._has_given_up = True
-            for job in list(self.backlog.jobs):
-                self._end(job, error)
+        self._shared.give_up(error)
 
     def stop(self, timeout: float) -> bool:
         """Ends the thread after its current step. Returns False if it still runs after `timeout` seconds."""
-        with self._condition:
-            self._stopping = True
-            self._condition.notify()
+        self._shared.stop()
         if self._thread.is_alive():
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    def count_images(self) -> ImageCounts:
+        """Returns the numbers of unfinished images."""
+        return self._shared.count_images()
+
+    def publish_if_idle(self) -> None:
+        """Publishes a batch without rows if the feed wants a batch and there are no jobs."""
+        self._shared.publish_if_idle()
+
     @property
     def num_steps(self) -> int:
         """Returns the number of finished steps."""
-        return self._num_steps
+        return self._shared.num_steps
 
     @property
-    def clip_evaluations(self) -> int:
-        """Returns the number of network evaluations that take as long as the gradient of CLIP for one row."""
-        return self._admission.step_times.clip_evaluations
+    def state(self) -> EngineState:
+        """Returns the state of the engine. It is `ok` although the engine is stuck in a step (see apparent_state)."""
+        return self._shared.state
 
     @property
     def alive(self) -> bool:
@@ -202,8 +152,8 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            self._open(self._runner.warm_up(lambda: self._stopping))
-            while not self._stopping:
+            self._open(self._runner.warm_up(lambda: self._shared.is_stopping))
+            while not self._shared.is_stopping:
                 self._tick()
         except BaseException as error:
             self._fail_engine(error)
@@ -211,36 +161,36 @@ class Engine:
             self.deliver()
 
     def _open(self, step_times: StepTimes) -> None:
-        with self._condition:
-            self._admission.open(step_times, self._runner.max_rows)
-            self.models, self.device_memory = self._runner.models, self._runner.device_memory
-            self.clip = self._runner.clip
-            if self.state is EngineState.STARTING:
-                self.state = EngineState.OK
+        self.models, self.device_memory = self._runner.models, self._runner.device_memory
+        self.clip, self.clip_evaluations = self._runner.clip, step_times.clip_evaluations
+        self._shared.open(step_times, self._runner.max_rows)
         self.ready.set_result(None)
 
     def _tick(self) -> None:
-        """Runs one iteration: waits for work, selects rows, runs their step and answers finished jobs."""
-        rows, abandoned = self._admit()
+        """Runs one iteration: selects rows, runs their step and answers finished jobs. Waits if there is no work."""
+        self._last_beat = time.monotonic()
+        abandoned = self._shared.take_abandoned()
         self._runner.release(abandoned)
         self._is_batch_lowered = False
-        if rows:
-            self._run_step()
+        if step := self._shared.select():
+            self._run_step(step)
             self._retire()
         else:
-            self._unfinished.clear()
-        self._finish_readings(must_wait=not rows)
-        if not self.backlog.jobs:
             self.deliver()
+            self._unfinished.clear()
+            if not (abandoned or self._readings):
+                self._wait_for_work()
+        self._finish_readings(must_wait=not step)
         if max(self._failed_batches.values()) >= MAX_FAILED_BATCHES:
             self._check_runner()
 
-    def _run_step(self) -> None:
-        """Runs one step of the batch. Jobs with a row that fails are answered."""
-        with self._condition:
-            rows = self.backlog.batch.rows  # A job that was answered after the selection has left the batch.
+    def _run_step(self, step: Step) -> None:
+        """Runs a step. Jobs with a row that fails are answered."""
+        if step.started:
+            for job, count in Counter(row.job for row in step.started).items():
+                self._record_start(job, count, step.selected_at)
         num_failed, num_survivors = self._num_failed_rows, 0
-        for batch, not_finite in self._run_isolated(rows, self._step):
+        for batch, not_finite in self._run_isolated(step.rows.trajectories, partial(self._step, step)):
             num_survivors += len(batch) - len(not_finite)
             for trajectory in not_finite:
                 self._fail(trajectory, ArithmeticError("NaN or infinite values"))
@@ -300,56 +250,23 @@ class Engine:
         self._runner.check()
         self._failed_batches = dict.fromkeys(self._failed_batches, 0)
 
-    def publish(self, step: int, selected: Sequence[Trajectory]) -> None:
-        """Publishes the running rows. `feed.is_wanted` must be True. `selected` has the rows of this step."""
-        backlog = self.backlog
-        self.feed.publish(Batch.of(step, backlog.waiting, backlog.running, backlog.jobs, selected))
-
-    def _admit(self) -> tuple[list[Trajectory], list[Trajectory]]:
-        """Waits for work. Returns the rows of the next step, and the abandoned rows to release."""
-        with self._condition:
-            self._last_beat = None
-            if self.feed.is_wanted and not self.backlog.jobs:
-                self.publish(self._num_steps, ())
-        self._wait_for_work()
-        with self._condition:
-            self._last_beat = time.monotonic()
-            abandoned, self._abandoned = self._abandoned, []
-            rows = [] if self._stopping else self._admission.select(self._last_beat)
-            if started := self.backlog.start_batch():
-                for job, count in Counter(row.job for row in started).items():
-                    self._record_start(job, count)
-            if self.feed.is_wanted and rows:
-                self.publish(self._num_steps + 1, rows)
-            return rows, abandoned
-
     def _wait_for_work(self) -> None:
         """Waits until there is work. Meanwhile the runner does its idle work, one part at a time."""
-        seconds = IDLE_SECONDS
-        while True:
-            with self._condition:
-                timeout = seconds if self._runner.has_idle_work else None
-                if self._has_work():
-                    return
-                self._unfinished.clear()
-                if self._condition.wait_for(self._has_work, timeout):
-                    return
+        self._last_beat, seconds = None, IDLE_SECONDS
+        while not self._shared.wait(seconds if self._runner.has_idle_work else None):
             self._last_beat = time.monotonic()
             self._runner.idle()
             self._last_beat, seconds = None, 0.0
 
-    def _has_work(self) -> bool:
-        return bool(self.backlog.num_rows or self._readings or self._abandoned or self._stopping)
-
-    def _record_start(self, job: Job, num_rows: int) -> None:
+    def _record_start(self, job: Job, num_rows: int, now: float) -> None:
         """Records that rows of a job take their first step."""
         timings = job.timings
         if timings.started_at and job.request.search:
             return  # Only the search waited in the queue. The images of this job waited for the search.
-        timings.started_at = timings.started_at or self._last_beat
+        timings.started_at = timings.started_at or now
         num_images = job.request.count if job.request.search else num_rows
         self._metrics.queue_wait.observe(max(0.0, time.monotonic() - timings.submitted_at), num_images)
-        self._metrics.admission_wait.observe(self._num_steps - timings.submitted_at_step, num_images)
+        self._metrics.admission_wait.observe(self.num_steps - timings.submitted_at_step, num_images)
 
     def _run_isolated(
         self, rows: list[Trajectory], compute: Callable[[list[Trajectory]], R]
@@ -363,24 +280,18 @@ class Engine:
         """
         if not self._is_batch_lowered:
             self._is_batch_lowered = True
-            with self._condition:
-                self._admission.lower_max_batch(time.monotonic())
+            self._shared.lower_max_batch()
 
-    def _step(self, rows: list[Trajectory]) -> list[Trajectory]:
-        """Runs one step. Returns the rows with NaN or infinite values."""
-        with self._condition:  # Another thread can change the batch.
-            is_whole = rows is self.backlog.batch.rows
-            step_rows = self.backlog.batch.step_rows() if is_whole else StepRows.of(rows)
-            calls = self._admission.calls()
+    def _step(self, step: Step, rows: list[Trajectory]) -> list[Trajectory]:
+        """Runs a step, or after a failure a part of its rows. Returns the rows with NaN or infinite values."""
+        is_whole = rows is step.rows.trajectories
+        step_rows, calls = (step.rows, step.calls) if is_whole else (StepRows.of(rows), None)
         self._last_beat = start = time.monotonic()
         in_network = self._runner.network_seconds
         not_finite = self._runner.step(step_rows, self.deliver)
-        self._unfinished.append(calls if is_whole else None)  # After a failure, the durations of parts are not used.
+        self._unfinished.append(calls)  # After a failure, the durations of parts are not used.
         seconds, finished = self._duration(start)
-        self._num_steps += 1
-        if finished:
-            with self._condition:
-                self._admission.observe(finished, seconds)
+        self._shared.count_step(finished, seconds)
         self._metrics.denoise_steps.inc()
         self._metrics.step_duration.observe(seconds)
         self._metrics.network.inc(self._runner.network_seconds - in_network)
@@ -404,8 +315,7 @@ class Engine:
 
     def _retire(self) -> None:
         """Adds the step to the progress of the rows, and reads the results of those that have ended."""
-        with self._condition:
-            ended = self.backlog.advance()
+        ended = self._shared.advance()
         self._read("errors", [row for row in ended if row.comparison], self._runner.errors, self._compare)
         self._send_previews()
         self._read("pixels", [row for row in ended if not row.comparison], self._runner.pixels, self._finish)
@@ -414,41 +324,29 @@ class Engine:
         """Stores the results of finished rows and frees their slots."""
         if not results:
             return
-        with self._condition:
-            finished = [(trajectory, result) for trajectory, result in results if not trajectory.job.closed]
-            self.backlog.finish(finished)
-            images = Counter((row.options.model, row.label) for row, _ in finished if not row.comparison)
-            for (model, label), count in images.items():
-                info = self.models[model]
-                names = info.digit_of(label), info.name_of(label)
-                self._metrics.images.labels(*("none" if name is None else str(name) for name in names)).inc(count)
-            self._complete_drain_if_idle()
+        finished = self._shared.finish(results)
+        images = Counter((row.options.model, row.label) for row in finished if not row.comparison)
+        for (model, label), count in images.items():
+            info = self.models[model]
+            names = info.digit_of(label), info.name_of(label)
+            self._metrics.images.labels(*("none" if name is None else str(name) for name in names)).inc(count)
         self._runner.release([trajectory for trajectory, _ in results])
 
     def _compare(self, results: Sequence[tuple[Trajectory, Sequence[float]]]) -> None:
         """Adds the errors of a step to rows that compare the classes. Finishes those that have no steps left."""
-        done = list[tuple[Trajectory, Result]]()
         for trajectory, class_errors in results:
             if not all(map(math.isfinite, class_errors)):
                 self._fail(trajectory, ArithmeticError("NaN or infinite errors"))
-                continue
-            with self._condition:
-                if not trajectory.job.closed:
-                    self.backlog.add_errors(trajectory, class_errors)
-            if trajectory.comparison and not trajectory.steps_left:
-                done.append((trajectory, trajectory.comparison))
-        self._finish(done)
+        self._shared.add_errors(results)
+        self._finish([(row, row.comparison) for row, _ in results if row.comparison and not row.steps_left])
 
     def _send_previews(self) -> None:
         """Sends the previews and frames that are due. A read for all jobs is faster than one for each job."""
-        with self._condition:  # Another thread can add or remove a job.
-            due = [job for job in self.backlog.with_previews if job.preview_due()]
-            steps = {job: job.steps_done // job.request.count for job in due}
-            frames = {row: number for job in self.backlog.with_previews for row, number in job.frames_due()}
-        if not (due or frames):
+        steps, frames = self._shared.due()
+        if not (steps or frames):
             return
-        plain = [job for job in due if not job.request.includes_x_t]
-        with_x_t = [job for job in due if job.request.includes_x_t]
+        plain = [job for job in steps if not job.request.includes_x_t]
+        with_x_t = [job for job in steps if job.request.includes_x_t]
 
         def send(jobs: list[Job], x_0: dict[Trajectory, Pixels], x_t: dict[Trajectory, Pixels]) -> None:
             for job in jobs:
@@ -478,31 +376,13 @@ class Engine:
         facts = {"request_id": trajectory.job.request.request_id, "index": trajectory.index, "step": trajectory.step}
         self._num_failed_rows += 1
         log.error("Row failed", exc_info=error, extra=facts)
-        with self._condition:
-            self._end(trajectory.job, errors.InternalError())
-
-    def _end(self, job: Job, error: Exception) -> None:
-        """Answers a job with an error, unless it is answered. The caller must hold the condition."""
-        if not self.backlog.remove(job):
-            return
-        for is_started in job.images_started():
-            self._metrics.cancelled.labels("running" if is_started else "waiting").inc()
-        self._abandoned += job.unfinished
-        job.fail(error)
-        self._complete_drain_if_idle()
+        self.cancel(trajectory.job, errors.InternalError())
 
     def _fail_engine(self, error: BaseException) -> None:
         # A RunnerError before the engine is ready is not logged here, because serve() reports it.
         if self.ready.done() or not isinstance(error, RunnerError):
             log.critical("Engine failed", exc_info=error)
-        with self._condition:
-            self.state = EngineState.FAILED
-            for job in list(self.backlog.jobs):
-                self._end(job, errors.EngineFailed(RESTART_SECONDS))
+        self._shared.fail(errors.EngineFailed(RESTART_SECONDS))
         self.feed.end(errors.EngineFailed(RESTART_SECONDS))
         if not self.ready.done():
             self.ready.set_exception(error)
-
-    def _complete_drain_if_idle(self) -> None:
-        if self._drained and not self._drained.done() and not self.backlog.jobs:
-            self._drained.set_result(None)

@@ -11,7 +11,8 @@ about 40 s. If the step ends after 35 s, the engine continues.
 import asyncio
 import logging
 
-from app.engine.engine import Engine, EngineState
+from app.engine.engine import Engine
+from app.engine.shared_state import EngineState
 
 log = logging.getLogger(__name__)
 

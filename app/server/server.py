@@ -23,8 +23,8 @@ from fastapi import FastAPI
 
 from app import errors
 from app.api.service import Service
-from app.engine.engine import RESTART_SECONDS
 from app.engine.interface import ModelInfo, RunnerError
+from app.engine.shared_state import RESTART_SECONDS
 from app.engine.watchdog import Watchdog
 from app.server.connection import connection_class
 from app.settings import Settings
@@ -215,12 +215,12 @@ async def _drain(service: Service, seconds: float, stop_now: "asyncio.Future[Non
 
     Then answers all remaining jobs with 503.
     """
-    engine, backlog = service.engine, service.engine.backlog
-    log.info("Draining", extra={"images": backlog.waiting + backlog.running})
+    engine = service.engine
+    log.info("Draining", extra={"images": sum(engine.count_images())})
     drained = asyncio.gather(asyncio.wrap_future(engine.drain()), service.in_flight.none())
     drained.add_done_callback(lambda done: done.cancelled() or done.exception())  # Marks the exception as retrieved.
     await asyncio.wait((drained, stop_now), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    if left := backlog.waiting + backlog.running:
+    if left := sum(engine.count_images()):
         log.warning("Drain ended, dropped unfinished images", extra={"count": left})
     service.give_up(errors.Draining(1))
     drained.cancel()

@@ -211,9 +211,14 @@ def opened(engine: Engine) -> Engine:
     return engine
 
 
+def backlog_of(engine: Engine) -> Backlog:
+    """Returns the backlog of an engine. No other thread may use the engine meanwhile."""
+    return engine._shared._backlog
+
+
 def tick(engine: Engine) -> None:
     """Runs one iteration of the engine's loop, unless its thread would wait for work."""
-    if engine.backlog.jobs or engine._abandoned:
+    if any(engine.count_images()) or engine._shared._abandoned:
         engine._tick()
 
 

@@ -179,12 +179,11 @@ class BatchViewers:
     def _publish_if_idle(self) -> None:
         """Publishes a batch without rows if the engine is idle and a viewer does not know it.
 
-        An idle engine runs no step that could publish. `is_wanted` is set before the jobs are read here, and the engine
-        reads it after it has removed the last job. So at least one of them publishes.
+        An idle engine runs no step that could publish. `is_wanted` is set before the engine looks for jobs here, and
+        the engine reads it again after it has removed the last job. So one of them publishes.
         """
-        step = self._engine.num_steps
-        if self._feed.is_wanted and step != self._idle_step and not self._engine.backlog.jobs:
-            self._engine.publish(step, ())
+        if self._engine.num_steps != self._idle_step:
+            self._engine.publish_if_idle()
 
     def _receive(self, message: Batch | UnfogError) -> None:
         if isinstance(message, UnfogError):

@@ -14,7 +14,7 @@ from app.api.native.examples import SHA256
 from app.api.native.schemas import ModelName
 from app.api.operations import Operation, Router, Schema, unavailable
 from app.api.service import ServiceDependency
-from app.engine.engine import EngineState
+from app.engine.shared_state import EngineState
 
 router = Router()
 
@@ -100,7 +100,7 @@ async def health(request: Request, service: ServiceDependency) -> JSONResponse:
 
     Needs no API key and does not count against the rate limit.
     """
-    engine, backlog = service.engine, service.engine.backlog
+    engine = service.engine
     infos = list(engine.models.values())
     models = [HealthModel(name=i.name, sha256=i.sha256, num_parameters=i.num_parameters) for i in infos]
     state = engine.apparent_state
@@ -112,7 +112,7 @@ async def health(request: Request, service: ServiceDependency) -> JSONResponse:
         device=infos[0].device if infos else None,
         dtype=infos[0].dtype if infos else None,
         compiled=all(i.compiled for i in infos) if infos else None,
-        queue=Queue(waiting=backlog.waiting, running=backlog.running, capacity=backlog.capacity),
+        queue=Queue(**engine.count_images()._asdict(), capacity=engine.capacity),
         uptime_seconds=round(service.uptime_seconds, 3),
     )
     return probe_response(request, service.engine, answer.model_dump(exclude_none=True), state is EngineState.OK)

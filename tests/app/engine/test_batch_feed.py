@@ -11,6 +11,7 @@ from tests.app.fakes import (
     WAIT_SECONDS,
     FakeRunner,
     Rows,
+    backlog_of,
     new_engine,
     new_job,
     new_recognition,
@@ -55,7 +56,7 @@ def test_batch_has_the_running_rows_and_the_rows_of_the_step(max_batch: int) -> 
         engine.submit(job)
     finished: dict[Row, int] = {}  # number of finished steps of each row that has started
     num_steps = 0
-    while engine.backlog.jobs:
+    while any(engine.count_images()):
         before = finished.copy()
         batch = published(engine)
         assert batch is not None
@@ -69,7 +70,7 @@ def test_batch_has_the_running_rows_and_the_rows_of_the_step(max_batch: int) -> 
         assert set(called) <= set(shown)
         assert shown == {name: before.get(name, 0) for name in (*before, *called)}
         assert batch.running == sum(not is_search for _, _, is_search in shown)
-        unfinished = {name_of(row) for job in engine.backlog.jobs for row in job.unfinished}
+        unfinished = {name_of(row) for job in backlog_of(engine).jobs for row in job.unfinished}
         finished = {name: step for name, step in finished.items() if name in unfinished}
     assert num_steps == len(runner.calls)
 
@@ -97,7 +98,7 @@ def test_nothing_is_published_unless_it_is_wanted(monkeypatch: pytest.MonkeyPatc
     engine = opened(new_engine(FakeRunner()))
     messages = listen(engine)
     engine.submit(new_job(3))
-    while engine.backlog.jobs:
+    while any(engine.count_images()):
         tick(engine)
     assert messages == []
 

@@ -1,5 +1,6 @@
-"""Tests of jobs that another thread cancels between the selection of the rows and their step."""
+"""Tests of jobs that another thread cancels shortly before or after the selection of the rows."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,13 +8,14 @@ import pytest
 
 from app.engine.batch import Batch
 from app.engine.job import StepRows
+from app.engine.shared_state import Step
 from app.errors import InternalError
-from tests.app.fakes import FakeRunner, Rows, images, new_engine, new_job, opened, same
+from tests.app.fakes import FakeRunner, Rows, backlog_of, images, new_engine, new_job, opened, same
 
 
 @dataclass
 class RunnerWithRelease(FakeRunner):
-    """The engine releases abandoned rows between the selection and the step."""
+    """The engine releases abandoned rows before the selection."""
 
     on_release: Callable[[], None] = lambda: None
 
@@ -23,7 +25,7 @@ class RunnerWithRelease(FakeRunner):
 
 
 @pytest.mark.parametrize("has_other", [False, True])
-def test_job_that_is_cancelled_after_the_selection_takes_no_step(has_other: bool) -> None:
+def test_job_that_is_cancelled_before_the_selection_takes_no_step(has_other: bool) -> None:
     runner = RunnerWithRelease()
     engine = opened(new_engine(runner))
     cancelled, other = new_job(2), new_job(1, num_steps=2)
@@ -31,7 +33,7 @@ def test_job_that_is_cancelled_after_the_selection_takes_no_step(has_other: bool
     if has_other:
         engine.submit(other)
     runner.on_release = lambda: engine.cancel(cancelled, InternalError())
-    while engine.backlog.jobs:
+    while any(engine.count_images()):
         engine._tick()
     assert engine._num_failed_rows == 0
     assert all(row.job is other for rows in runner.calls for row in rows)
@@ -39,15 +41,37 @@ def test_job_that_is_cancelled_after_the_selection_takes_no_step(has_other: bool
         assert same(other.future.result(0), images(other))
 
 
+def test_job_that_is_cancelled_after_the_selection_takes_at_most_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, error = FakeRunner(), InternalError()
+    engine = opened(new_engine(runner))
+    cancelled, other = new_job(2, seed=1), new_job(1, num_steps=2)
+    select = engine._shared.select
+
+    def select_and_cancel() -> Step | None:
+        step = select()
+        engine.cancel(cancelled, error)
+        return step
+
+    monkeypatch.setattr(engine._shared, "select", select_and_cancel)
+    for job in (cancelled, other):
+        engine.submit(job)
+    while engine._shared._abandoned or any(engine.count_images()):
+        engine._tick()
+    assert [Counter(row.job for row in rows) for rows in runner.calls] == [{cancelled: 2, other: 1}, {other: 1}]
+    assert cancelled.future.exception(0) is error
+    assert same(other.future.result(0), images(other))
+    assert (engine._num_failed_rows, runner.held, backlog_of(engine).work) == (0, {}, 0)
+
+
 def test_batch_is_read_while_no_other_thread_can_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, step_rows, is_owned = opened(new_engine(FakeRunner())), Batch.step_rows, list[bool]()
 
     def read(batch: Batch) -> StepRows:
-        is_owned.append(engine._condition._is_owned())  # type: ignore[attr-defined]
+        is_owned.append(engine._shared._condition._is_owned())  # type: ignore[attr-defined]
         return step_rows(batch)
 
     monkeypatch.setattr(Batch, "step_rows", read)
     engine.submit(new_job(1, num_steps=2))
-    while engine.backlog.jobs:
+    while any(engine.count_images()):
         engine._tick()
     assert is_owned == [True] * 2

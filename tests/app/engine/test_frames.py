@@ -9,7 +9,19 @@ import pytest
 
 from app import errors
 from app.engine.job import Frame, FrameRequest, ImageDone, Job, Progress
-from tests.app.fakes import FakeRunner, Rows, image, images, new_engine, new_job, new_search, opened, same, tick
+from tests.app.fakes import (
+    FakeRunner,
+    Rows,
+    backlog_of,
+    image,
+    images,
+    new_engine,
+    new_job,
+    new_search,
+    opened,
+    same,
+    tick,
+)
 
 Frames = dict[tuple[int, int], list[int]]  # (index, number) -> pixels of the only line
 
@@ -127,7 +139,7 @@ def test_cancelled_job_gets_no_further_frames_and_is_freed() -> None:
     gc.collect()
     assert len(frames) == 2
     assert ended() is None
-    assert engine.backlog.with_previews == {}
+    assert backlog_of(engine).with_previews == {}
 
 
 def test_job_that_ends_during_the_read_of_its_frames_gets_none_of_them() -> None:

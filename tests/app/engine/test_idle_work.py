@@ -41,7 +41,7 @@ def test_steps_come_before_work_that_can_wait() -> None:
     engine = opened(new_engine(runner))
     job = new_job(1, num_steps=4)
     engine.submit(job)
-    while engine.backlog.jobs:
+    while any(engine.count_images()):
         engine._tick()
     assert runner.done == []
 
@@ -51,7 +51,7 @@ def test_engine_stops_while_there_is_work_that_can_wait(monkeypatch: pytest.Monk
     runner = RunnerWithIdleWork(pieces=10**9)
     with running(new_engine(runner)) as engine:
         engine.ready.result()
-    assert not engine.backlog.jobs
+    assert not any(engine.count_images())
 
 
 def test_engine_that_hangs_in_idle_work_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:

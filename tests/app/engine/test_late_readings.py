@@ -16,6 +16,7 @@ from app.engine.job import Frame, FrameRequest, ImageDone, Job, Progress, StepRo
 from tests.app.fakes import (
     FakeRunner,
     Rows,
+    backlog_of,
     images,
     new_engine,
     new_job,
@@ -131,7 +132,7 @@ class RandomRun:
                 raise error
 
         self.runner.on_step = raise_for_faulty
-        if self.engine.backlog.jobs or self.engine._abandoned:
+        if any(self.engine.count_images()) or self.engine._shared._abandoned:
             self.engine._tick()
         if faulty and faulty.closed and faulty.future.exception():
             self.expected[faulty] = errors.InternalError
@@ -145,13 +146,13 @@ def test_every_job_is_answered_correctly_if_values_are_late(seed: int) -> None:
     for _ in range(60):
         run.submit_or_cancel()
         run.tick()
-    while run.engine.backlog.jobs or run.engine._abandoned:
+    while any(run.engine.count_images()) or run.engine._shared._abandoned:
         run.engine._tick()
     for job, expected in run.expected.items():
         error = job.future.exception()
         assert type(error) is (expected or type(None))
         assert error or results_are_right(job)
-    backlog = run.engine.backlog
+    backlog = backlog_of(run.engine)
     assert (backlog.waiting, backlog.running, backlog.work, backlog.num_rows, len(backlog)) == (0, 0, 0, 0, 0)
     assert not run.runner.held
 
@@ -178,7 +179,7 @@ def test_engine_waits_for_a_result_if_it_has_no_other_work() -> None:
     engine = opened(new_engine(runner))
     job = new_job(1, num_steps=3)
     engine.submit(job)
-    while engine.backlog.jobs:
+    while any(engine.count_images()):
         engine._tick()
     assert same(job.future.result(), images(job))
     assert (runner.num_steps, runner.num_waits) == (3, 1)
@@ -191,7 +192,7 @@ def test_row_with_nan_fails_when_its_result_is_read() -> None:
     runner.not_finite = lambda row: row.job is bad and row.index == 1
     for job in (bad, good):
         engine.submit(job)
-    while engine.backlog.jobs or engine._abandoned:
+    while any(engine.count_images()) or engine._shared._abandoned:
         engine._tick()
     assert isinstance(bad.future.exception(), errors.InternalError)
     assert same(good.future.result(), images(good))
@@ -214,7 +215,7 @@ def test_previews_have_the_step_at_which_they_were_read() -> None:
     engine = opened(new_engine(runner))
     job = new_job(2, num_steps=8, num_previews=4, listener=events.append)
     engine.submit(job)
-    while engine.backlog.jobs:
+    while any(engine.count_images()):
         engine._tick()
     shown = [
         (event.step, [int(image[0, 3]) for image in event.previews]) for event in events if isinstance(event, Progress)
@@ -234,6 +235,6 @@ def test_frames_are_complete_before_the_job_is_answered() -> None:
 
     job.future.add_done_callback(see)
     engine.submit(job)
-    while engine.backlog.jobs:
+    while any(engine.count_images()):
         engine._tick()
     assert seen == [[(0, 0, 2), (0, 1, 3), (1, 0, 2), (1, 1, 3)]]

@@ -7,8 +7,8 @@ import pytest
 
 from app import errors
 from app.api.http.requests import ClientGoneError
-from app.engine.engine import EngineState
 from app.engine.interface import DeviceLostError, RunnerError
+from app.engine.shared_state import EngineState
 from tests.app.fakes import (
     WAIT_SECONDS,
     FakeRunner,
@@ -51,7 +51,7 @@ def test_all_jobs_are_answered_when_the_engine_fails(error: BaseException) -> No
         assert kinds == [errors.EngineFailed] * 3
         wait_until(lambda: engine.state is EngineState.FAILED)
         assert not engine.alive
-        assert (engine.backlog.waiting, engine.backlog.running) == (0, 0)
+        assert engine.count_images() == (0, 0)
         with pytest.raises(errors.EngineFailed):
             engine.submit(new_job())
         assert engine.drain().done()
@@ -167,4 +167,4 @@ def test_give_up_answers_all_jobs() -> None:
     tick(engine)
     engine.give_up(error)
     assert [job.future.exception(0) for job in jobs] == [error] * 3
-    assert (engine.backlog.waiting, engine.backlog.running) == (0, 0)
+    assert engine.count_images() == (0, 0)

@@ -16,11 +16,11 @@ from prometheus_client import Counter
 
 from app import errors
 from app.api.http.requests import ClientGoneError
-from app.engine.engine import EngineState
 from app.engine.interface import OutOfMemoryError
 from app.engine.job import ImageDone, Job, Progress
+from app.engine.shared_state import EngineState
 from app.engine.step_times import StepTimes
-from tests.app.fakes import FakeRunner, Rows, image, images, new_engine, new_job, opened, same, tick
+from tests.app.fakes import FakeRunner, Rows, backlog_of, image, images, new_engine, new_job, opened, same, tick
 
 CAPACITY = 12
 MAX_BATCH = 5
@@ -120,7 +120,7 @@ class EngineMachine(RuleBasedStateMachine):
         begun = {(t.job, i) for t in self.unanswered for i in t.unfinished if t.steps[i]}
         ended = {row for row in self.runner.held if row.job.closed}
         assert {(row.job, row.index) for row in self.runner.held if row not in ended} == begun
-        assert ended <= set(self.engine._abandoned)
+        assert ended <= set(self.engine._shared._abandoned)
 
     def fail(self, failing: set[Image], error: type[Exception] = errors.InternalError) -> None:
         """Ends the jobs of the failing images in the model, before the iteration runs.
@@ -222,7 +222,7 @@ class EngineMachine(RuleBasedStateMachine):
     def lower(self) -> None:
         """Expects that the batch size was lowered once, even if the batch was halved several times."""
         self.max_rows = max(1, self.max_rows // 2)
-        assert self.engine._admission.max_batch == self.max_rows
+        assert self.engine._shared._admission.max_batch == self.max_rows
 
     @precondition(lambda self: self.unanswered)
     @rule(data=st.data())
@@ -308,15 +308,15 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_are_correct(self) -> None:
-        assert (self.engine.backlog.waiting, self.engine.backlog.running) == (self.waiting, self.running)
-        assert self.engine.backlog.waiting <= CAPACITY
+        assert self.engine.count_images() == (self.waiting, self.running)
+        assert self.engine.count_images().waiting <= CAPACITY
         steps_left = sum(
             expected.job.request.options.num_steps - expected.steps[index]
             for expected in self.unanswered
             for index in expected.unfinished
         )
-        assert self.engine.backlog.work == steps_left
-        assert self.engine.backlog.jobs == [expected.job for expected in self.unanswered]
+        assert backlog_of(self.engine).work == steps_left
+        assert backlog_of(self.engine).jobs == [expected.job for expected in self.unanswered]
 
     @invariant()
     def every_job_is_answered_once_and_correctly(self) -> None:

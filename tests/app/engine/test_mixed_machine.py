@@ -22,6 +22,7 @@ from app.engine.step_times import StepTimes
 from tests.app.fakes import (
     FakeRunner,
     Rows,
+    backlog_of,
     images,
     new_engine,
     new_job,
@@ -230,7 +231,7 @@ class MixedMachine(RuleBasedStateMachine):
 
     @invariant()
     def backlog_equals_the_unfinished_rows(self) -> None:
-        backlog = self.engine.backlog
+        backlog = backlog_of(self.engine)
         rows = [row for job in self.open for row in job.unfinished]
         assert set(backlog.jobs) == set(self.open)
         images_waiting = sum(job.request.count for job in self.open if job.is_searching)
@@ -241,7 +242,7 @@ class MixedMachine(RuleBasedStateMachine):
 
     @invariant()
     def waiting_images_never_exceed_the_capacity(self) -> None:
-        assert self.engine.backlog.waiting <= CAPACITY
+        assert self.engine.count_images().waiting <= CAPACITY
 
     @invariant()
     def every_job_is_answered_once_and_with_its_own_result(self) -> None:
@@ -270,7 +271,7 @@ class MixedMachine(RuleBasedStateMachine):
     @invariant()
     def no_slot_is_lost(self) -> None:
         started = {row for job in self.open for row in job.unfinished if row.started}
-        abandoned = set(self.engine._abandoned)
+        abandoned = set(self.engine._shared._abandoned)
         assert started <= self.runner.held.keys() | abandoned
         assert self.runner.held.keys() <= started | abandoned
 
@@ -288,7 +289,7 @@ class MixedMachine(RuleBasedStateMachine):
         tick(self.engine)
         assert not self.open
         self.every_job_is_answered_once_and_with_its_own_result()
-        backlog = self.engine.backlog
+        backlog = backlog_of(self.engine)
         assert (backlog.waiting, backlog.running, backlog.work) == (0, 0, 0)
         assert not self.runner.held
         if not self.drained:

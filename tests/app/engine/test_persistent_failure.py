@@ -3,9 +3,22 @@
 import pytest
 
 from app import errors
-from app.engine.engine import MAX_FAILED_BATCHES, EngineState
+from app.engine.engine import MAX_FAILED_BATCHES
 from app.engine.interface import OutOfMemoryError, RunnerError
-from tests.app.fakes import FakeRunner, Rows, images, new_engine, new_job, opened, running, same, tick, wait_until
+from app.engine.shared_state import EngineState
+from tests.app.fakes import (
+    FakeRunner,
+    Rows,
+    backlog_of,
+    images,
+    new_engine,
+    new_job,
+    opened,
+    running,
+    same,
+    tick,
+    wait_until,
+)
 
 
 def fail(rows: Rows) -> None:
@@ -46,7 +59,7 @@ def test_engine_fails_if_every_batch_and_the_probe_image_fail(fault: str) -> Non
 def test_other_jobs_are_answered_when_the_engine_fails() -> None:
     runner = FakeRunner(on_step=fail, on_check=fail_check)
     engine = new_engine(runner, max_batch=1)
-    runner.on_warm_up = lambda should_stop: [engine._admission.backlog.add(job) for job in jobs] and None  # type: ignore[func-returns-value]
+    runner.on_warm_up = lambda should_stop: [backlog_of(engine).add(job) for job in jobs] and None  # type: ignore[func-returns-value]
     jobs = [new_job(1) for _ in range(10)]
     with running(engine):
         found = [type(job.future.exception(60)) for job in jobs]

@@ -11,6 +11,7 @@ from app.engine.step_times import StepTimes
 from tests.app.fakes import (
     FakeRunner,
     Rows,
+    backlog_of,
     fixed_limits,
     images,
     new_engine,
@@ -31,7 +32,7 @@ def run(job: Job, runner: FakeRunner, **options: int) -> list[int]:
     engine.submit(job)
     evaluations: list[int] = []
     runner.on_step = lambda rows: evaluations.append(sum(row.evaluations for row in rows))
-    while engine.backlog.jobs:
+    while any(engine.count_images()):
         tick(engine)
     return evaluations
 
@@ -55,7 +56,7 @@ def test_no_class_is_dropped_while_all_are_similar() -> None:
 def test_admission_counts_one_image_and_the_largest_number_of_evaluations() -> None:
     engine = opened(new_engine(FakeRunner(), capacity=2))
     engine.submit(new_recognition(20))
-    assert (engine.backlog.waiting, engine.backlog.work) == (1, MOST)
+    assert (backlog_of(engine).waiting, backlog_of(engine).work) == (1, MOST)
     engine.submit(new_recognition(20))
     with pytest.raises(errors.Overloaded):
         engine.submit(new_recognition(20))
@@ -66,9 +67,9 @@ def test_work_shrinks_when_classes_are_dropped() -> None:
     engine.submit(job)
     for steps in range(1, 4):
         tick(engine)
-        assert engine.backlog.work == MOST - 10 * steps
+        assert backlog_of(engine).work == MOST - 10 * steps
     tick(engine)
-    assert engine.backlog.work == 16  # one class is left for the other 16 pairs
+    assert backlog_of(engine).work == 16  # one class is left for the other 16 pairs
 
 
 def test_recognition_and_generation_share_steps() -> None:
@@ -77,7 +78,7 @@ def test_recognition_and_generation_share_steps() -> None:
     drawn, recognised = new_job(2, num_steps=12), new_recognition(20, seed=7)
     engine.submit(drawn)
     engine.submit(recognised)
-    while engine.backlog.jobs:
+    while any(engine.count_images()):
         tick(engine)
     assert {len(rows) for rows in runner.calls[:4]} == {3}
     assert same(drawn.future.result(), images(drawn))  # type: ignore[arg-type]
@@ -120,7 +121,7 @@ def test_errors_that_are_not_finite_fail_only_their_job(value: float) -> None:
     runner.error_of = lambda row, label: value if row.job is faulty and label == 9 else 1.0 + (label != 1)
     for job in (healthy, faulty):
         engine.submit(job)
-    while engine.backlog.jobs:
+    while any(engine.count_images()):
         tick(engine)
     assert isinstance(faulty.future.exception(), errors.InternalError)
     assert healthy.future.result()[0].label == 1
@@ -139,7 +140,7 @@ def test_read_of_errors_that_fails_for_one_row_fails_only_its_job() -> None:
     runner.on_errors = raise_for_guilty
     for job in jobs:
         engine.submit(job)
-    while engine.backlog.jobs:
+    while any(engine.count_images()):
         tick(engine)
     assert [job.future.exception() is None for job in jobs] == [True, True, False, True]
 
@@ -152,4 +153,4 @@ def test_cancelled_recognition_frees_its_row_at_the_next_step() -> None:
     engine.cancel(job, errors.DeadlineExceeded())
     tick(engine)
     assert not runner.held
-    assert (engine.backlog.running, engine.backlog.work) == (0, 0)
+    assert (backlog_of(engine).running, backlog_of(engine).work) == (0, 0)

@@ -13,7 +13,7 @@ def test_job_that_would_finish_after_its_deadline_is_refused() -> None:
     with pytest.raises(errors.Overloaded) as refused:
         engine.submit(new_job(num_steps=10, timeout=6.5))
     assert refused.value.retry_after >= 1
-    assert engine.backlog.waiting == 1
+    assert engine.count_images().waiting == 1
     job = new_job(num_steps=10, timeout=25)  # The bound is 22 s, and the target is 22.5 s.
     engine.submit(job)
     assert job.estimate.seconds == 10
@@ -35,7 +35,7 @@ def test_idle_engine_admits_every_job() -> None:
     engine = opened(new_engine(FakeRunner(step_times=StepTimes({1: 1.0, 64: 1.0}))))
     job = new_job(num_steps=10, timeout=6.5)
     engine.submit(job)
-    assert engine.backlog.waiting == 1
+    assert engine.count_images().waiting == 1
 
 
 def test_retry_after_of_a_full_queue_is_the_time_until_it_has_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,13 @@ from app import errors
 from app.engine.engine import Engine
 from app.engine.job import ImageDone, Progress
 from model.inpainting import MIN_STEPS
-from tests.app.fakes import FakeRunner, images, new_engine, new_job, new_search, opened, same, tick
+from tests.app.fakes import FakeRunner, backlog_of, images, new_engine, new_job, new_search, opened, same, tick
 
 SEARCH_STEPS, NUM_STEPS = 2, 3
 
 
 def run(engine: Engine) -> None:
-    while engine.backlog.jobs:
+    while any(engine.count_images()):
         tick(engine)
 
 
@@ -44,20 +44,20 @@ def test_search_ends_early_if_one_class_is_left() -> None:
 def test_work_counts_the_search_and_the_images() -> None:
     engine, job = opened(new_engine(FakeRunner())), new_search(4)
     engine.submit(job)
-    assert (engine.backlog.waiting, engine.backlog.work) == (4, 10 * SEARCH_STEPS + 4 * NUM_STEPS)
+    assert (backlog_of(engine).waiting, backlog_of(engine).work) == (4, 10 * SEARCH_STEPS + 4 * NUM_STEPS)
     tick(engine)
-    assert (engine.backlog.waiting, engine.backlog.running, engine.backlog.work) == (4, 0, 10 + 4 * NUM_STEPS)
+    assert (*engine.count_images(), backlog_of(engine).work) == (4, 0, 10 + 4 * NUM_STEPS)
     tick(engine)
-    assert (engine.backlog.waiting, engine.backlog.running, engine.backlog.work) == (4, 0, 4 * NUM_STEPS)
+    assert (*engine.count_images(), backlog_of(engine).work) == (4, 0, 4 * NUM_STEPS)
     tick(engine)
-    assert (engine.backlog.waiting, engine.backlog.running, engine.backlog.work) == (0, 4, 4 * (NUM_STEPS - 1))
+    assert (*engine.count_images(), backlog_of(engine).work) == (0, 4, 4 * (NUM_STEPS - 1))
     run(engine)
-    assert (engine.backlog.waiting, engine.backlog.running, engine.backlog.work) == (0, 0, 0)
+    assert (*engine.count_images(), backlog_of(engine).work) == (0, 0, 0)
 
 
 def test_bound_of_the_finish_time_covers_the_search_and_the_images() -> None:
     engine, job = opened(new_engine(FakeRunner(), max_batch=4)), new_search(3)
-    full = engine._admission._full(engine.backlog.step_kind(job))
+    full = engine._shared._admission._full(backlog_of(engine).step_kind(job))
     engine.submit(job)
     work, tail_work = 10 * SEARCH_STEPS + 3 * NUM_STEPS, 10 * SEARCH_STEPS + NUM_STEPS
     assert job.estimate
@@ -95,7 +95,7 @@ def test_cancelled_job_counts_its_images_and_frees_all_rows(ticks: int, stage: s
     engine.cancel(job, errors.DeadlineExceeded())
     tick(engine)
     assert engine._metrics.cancelled.labels(stage)._value.get() == 3
-    assert (engine.backlog.waiting, engine.backlog.running, engine.backlog.work) == (0, 0, 0)
+    assert (*engine.count_images(), backlog_of(engine).work) == (0, 0, 0)
     assert not runner.held
 
 
@@ -128,11 +128,11 @@ def test_slots_of_unfinished_searches_are_limited() -> None:
             engine.submit(new_search())
             admitted += 1
     assert admitted == limit // 10  # a search has a slot for each class
-    assert engine.backlog.extra_slots == 9 * admitted
+    assert backlog_of(engine).extra_slots == 9 * admitted
     run(engine)
-    assert engine.backlog.extra_slots == 0
+    assert backlog_of(engine).extra_slots == 0
     engine.submit(new_search(12))
-    assert engine.backlog.extra_slots == 0  # the images need more slots than the search
+    assert backlog_of(engine).extra_slots == 0  # the images need more slots than the search
 
 
 def test_extra_slots_are_freed_if_a_search_is_cancelled() -> None:
@@ -141,7 +141,7 @@ def test_extra_slots_are_freed_if_a_search_is_cancelled() -> None:
     tick(engine)
     engine.cancel(job, errors.DeadlineExceeded())
     tick(engine)
-    assert engine.backlog.extra_slots == 0
+    assert backlog_of(engine).extra_slots == 0
 
 
 def test_waiting_times_of_all_images_of_a_search_are_counted() -> None:
@@ -166,7 +166,7 @@ def test_retry_after_considers_that_searches_free_their_slots() -> None:
     with pytest.raises(errors.Overloaded):
         while True:
             engine.submit(new_search())
-    full = engine._admission._full(engine.backlog.step_kind(new_search()))
+    full = engine._shared._admission._full(backlog_of(engine).step_kind(new_search()))
     with pytest.raises(errors.Overloaded) as refused:
         engine.submit(new_search())
-    assert refused.value.retry_after <= max(1, math.ceil(0.1 * engine.backlog.work / full.rate))
+    assert refused.value.retry_after <= max(1, math.ceil(0.1 * backlog_of(engine).work / full.rate))

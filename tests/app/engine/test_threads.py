@@ -6,7 +6,8 @@ The interpreter switches between threads every 10 µs instead of every 5 ms, so 
 import random
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
 
@@ -14,10 +15,22 @@ import pytest
 
 from app import errors
 from app.api.http.requests import ClientGoneError
-from app.engine.engine import Engine, EngineState
+from app.engine.backlog import Backlog
+from app.engine.engine import Engine
 from app.engine.job import Frame, FrameRequest, ImageDone, Job, Progress, Trajectory
+from app.engine.shared_state import EngineState
 from app.engine.step_times import StepTimes
-from tests.app.fakes import WAIT_SECONDS, FakeRunner, images, new_engine, new_job, new_recognition, running, same
+from tests.app.fakes import (
+    WAIT_SECONDS,
+    FakeRunner,
+    backlog_of,
+    images,
+    new_engine,
+    new_job,
+    new_recognition,
+    running,
+    same,
+)
 
 NUM_THREADS = 4
 SWITCH_SECONDS = 1e-5
@@ -92,31 +105,30 @@ class Client:
         self.num_answers += 1
 
 
-def serve_in_threads(num_jobs: int) -> list[Client]:
+def run_in_threads(*tasks: Callable[[], None]) -> None:
+    """Runs each task in a thread of its own. Raises an error if a task raises one."""
+    with ThreadPoolExecutor(len(tasks)) as threads:
+        for future in [threads.submit(task) for task in tasks]:
+            future.result()
+
+
+def new_fast_engine() -> Engine:
+    return new_engine(FakeRunner(step_times=StepTimes({1: 1e-6, 1024: 1e-6})), capacity=CAPACITY, max_batch=8)
+
+
+def serve_in_threads(num_jobs: int, engine: Engine) -> list[Client]:
     """Runs a client in each thread. Returns the clients after all jobs have ended."""
-    runner = FakeRunner(step_times=StepTimes({1: 1e-6, 1024: 1e-6}))
-    with running(new_engine(runner, capacity=CAPACITY, max_batch=8)) as engine:
+    with running(engine):
         engine.ready.result(WAIT_SECONDS)
         clients = [Client(engine, number, num_jobs) for number in range(NUM_THREADS)]
-        failures: list[BaseException] = []
-
-        def run(client: Client) -> None:
-            try:
-                client.run()
-            except BaseException as error:
-                failures.append(error)
-
-        threads = [threading.Thread(target=run, args=(client,)) for client in clients]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert failures == []
+        run_in_threads(*(client.run for client in clients))
         assert engine.state is EngineState.OK
-        backlog = engine.backlog
-        assert (backlog.jobs, backlog.waiting, backlog.running, backlog.work) == ([], 0, 0, 0)
-        assert backlog.with_previews == {}
     return clients
+
+
+def check_empty(backlog: Backlog) -> None:
+    assert (backlog.jobs, backlog.waiting, backlog.running, backlog.work) == ([], 0, 0, 0)
+    assert backlog.with_previews == {}
 
 
 def check_clients(clients: list[Client], num_jobs: int) -> None:
@@ -127,13 +139,17 @@ def check_clients(clients: list[Client], num_jobs: int) -> None:
 
 
 def test_threads_that_submit_cancel_and_stream_do_not_disturb_the_engine() -> None:
-    check_clients(serve_in_threads(num_jobs=500), 500)
+    engine = new_fast_engine()
+    check_clients(serve_in_threads(500, engine), 500)
+    check_empty(backlog_of(engine))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_50_000_jobs_of_four_threads_do_not_disturb_the_engine() -> None:
-    check_clients(serve_in_threads(num_jobs=12_500), 12_500)
+    engine = new_fast_engine()
+    check_clients(serve_in_threads(12_500, engine), 12_500)
+    check_empty(backlog_of(engine))
 
 
 def test_step_of_a_row_is_right_while_another_thread_cancels_its_job() -> None:

@@ -31,4 +31,4 @@ def test_images_are_generated_in_smaller_batches_if_an_allocation_fails(loaded: 
     while not job.closed:
         engine._tick()
     assert equal(job.future.result(), draw(new_runner(loaded, torch.bfloat16), Job(request).unfinished))
-    assert engine._admission.max_batch == 4
+    assert engine._shared._admission.max_batch == 4

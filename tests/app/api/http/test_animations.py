@@ -495,11 +495,11 @@ def test_animation_that_the_engine_refuses_is_not_pending(monkeypatch: pytest.Mo
     gate = Gate()
 
     async def check(client: httpx.AsyncClient) -> None:
-        backlog = client._transport.app.state.service.engine.backlog  # type: ignore[attr-defined]
+        engine = client._transport.app.state.service.engine  # type: ignore[attr-defined]
         running = asyncio.ensure_future(client.post("/generate", json=WORK))
         await asyncio.to_thread(gate.entered.wait, WAIT_SECONDS)
         waiting = asyncio.ensure_future(client.post("/generate", json={**WORK, "count": 2}))
-        await asyncio.to_thread(wait_until, lambda: backlog.waiting == 2)
+        await asyncio.to_thread(wait_until, lambda: engine.count_images().waiting == 2)
         (refused,) = await asyncio.gather(*start(client, 1))
         assert (refused.status_code, "no room" in refused.json()["detail"]) == (429, True)
         gate.released.set()

@@ -72,7 +72,7 @@ def test_deadline_does_not_apply_to_the_transfer_of_finished_images() -> None:
             answering = asyncio.ensure_future(app({**scope, "headers": headers}, receive, send))
             await asyncio.sleep(1.5 * TIMEOUT)
             assert len(sent) == 2
-            assert not engine.backlog.waiting + engine.backlog.running
+            assert not any(engine.count_images())
             may_send.set()
             await answering
         text = "".join(message["body"].decode() for message in sent[1:])
@@ -252,7 +252,7 @@ def test_job_of_a_client_that_disconnects_leaves_the_engine(accept: str) -> None
             await app({**scope, "headers": headers}, receive, send)
             try:
                 assert gate.entered.is_set()
-                assert not engine.backlog.jobs
+                assert not any(engine.count_images())
             finally:
                 gate.released.set()
 
@@ -398,7 +398,7 @@ def test_images_of_x_t_count_as_previews_of_a_slow_reader() -> None:
             engine = app.state.service.engine
             await asyncio.wrap_future(engine.ready)
             answering = asyncio.ensure_future(app(scope, receive, send))
-            await asyncio.to_thread(wait_until, lambda: bool(engine._num_steps and not engine.backlog.jobs))
+            await asyncio.to_thread(wait_until, lambda: bool(engine.num_steps and not any(engine.count_images())))
             may_send.set()
             await answering
         return steps

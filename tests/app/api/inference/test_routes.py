@@ -354,7 +354,7 @@ def test_client_that_disconnects_cancels_all_images_of_its_request() -> None:
             gone.set()
             await running
             gate.released.set()
-            await asyncio.to_thread(wait_until, lambda: len(engine.backlog) == 0 and not runner.held)
+            await asyncio.to_thread(wait_until, lambda: not any(engine.count_images()) and not runner.held)
 
     asyncio.run(main())
 

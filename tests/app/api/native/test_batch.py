@@ -339,7 +339,7 @@ def test_batch_that_arrives_during_the_pause_is_ignored() -> None:
         async with application(FakeRunner(), asyncio.Event().wait) as app:
             client = Client(app)
             await client.idle()
-            app.state.service.engine.publish(7, ())
+            app.state.service.engine.feed.publish(Batch(7, 0, 0, [], ()))
             await asyncio.sleep(0.01)
             assert (client.num_unread, errors) == (0, [])
 
@@ -491,6 +491,6 @@ def test_request_of_an_image_is_not_disturbed_by_viewers() -> None:
                 answers = [await other.post("/generate", json=WORK) for _ in range(3)]
             assert [answer.status_code for answer in answers] == [200] * 3
             await client.idle()
-            await asyncio.to_thread(wait_until, lambda: not app.state.service.engine.backlog.jobs)
+            await asyncio.to_thread(wait_until, lambda: not any(app.state.service.engine.count_images()))
 
     asyncio.run(main())

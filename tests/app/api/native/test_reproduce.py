@@ -269,7 +269,7 @@ def test_full_queue_is_429() -> None:
             await asyncio.to_thread(gate.entered.wait, WAIT_SECONDS)
             second = asyncio.ensure_future(reproduce(client, png))
             try:
-                await asyncio.to_thread(wait_until, lambda: engine.backlog.waiting == 1)
+                await asyncio.to_thread(wait_until, lambda: engine.count_images().waiting == 1)
                 response = await reproduce(client, png)
             finally:
                 gate.released.set()

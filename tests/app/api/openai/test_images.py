@@ -464,7 +464,7 @@ def test_disconnect_cancels_the_images(path: str, stream: bool) -> None:
             left.set()
             await asking
             gate.released.set()
-            await asyncio.to_thread(wait_until, lambda: not engine.backlog.jobs)
+            await asyncio.to_thread(wait_until, lambda: not any(engine.count_images()))
             assert len(runner.calls) <= 1
 
     asyncio.run(main())

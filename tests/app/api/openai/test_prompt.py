@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.api.openai.prompt import description_of, digit_of, label_of_prompt
+from app.api.openai.prompt import HOW, OTHER_NAMES, description_of, digit_of, label_of_prompt
 from model.prompts import DIGIT_WORDS
 from tests.app.fakes import INFO
 
@@ -208,5 +208,5 @@ def test_prompt_that_names_not_exactly_one_class_is_refused(prompt: str, message
 
 
 def test_digit_that_the_model_does_not_have_is_refused() -> None:
-    with pytest.raises(ValueError, match="The model 'default' generates only the digits 0 to 4. Name one of them"):
+    with pytest.raises(ValueError, match=r"The model 'default' generates only the digits 0 to 4\. Name one of them"):
         label_of_prompt("seven", replace(INFO, class_names=tuple("01234")))

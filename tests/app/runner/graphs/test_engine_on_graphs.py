@@ -16,6 +16,7 @@ from app.runner.graphs.graph_runner import GraphRunner
 from app.runner.graphs.shapes import Shape
 from app.runner.loaded_model import LoadedModel
 from model.checkpoint import Checkpoint
+from tests.app.fakes import backlog_of
 from tests.app.runner.late_device import LateDevice
 from tests.app.runner.rows import draw, equal, new_runner
 
@@ -77,7 +78,7 @@ class RandomRun:
 
     def tick(self) -> bool:
         """Runs one iteration. Returns False if there is nothing to do."""
-        has_work = bool(self.engine.backlog.jobs or self.engine._abandoned)
+        has_work = any(self.engine.count_images()) or bool(self.engine._shared._abandoned)
         if has_work:
             self.engine._tick()
         return has_work
@@ -101,6 +102,6 @@ def test_every_job_has_the_bytes_of_the_cpu_runner_or_its_own_error(loaded: Chec
             assert equal(job.future.result(), expected)
             done = {event.index: event.pixels for event in events if isinstance(event, ImageDone)}
             assert equal([done[index] for index in range(job.request.count)], expected)
-    assert run.runner._slots["default"]._free
-    assert len(run.runner._slots["default"]._free) == len(run.runner._slots["default"].state.seed) - 1
-    assert run.engine.backlog.work == 0
+    slots = run.runner._slots["default"]
+    assert len(slots._free) == len(slots.state.seed) - 1
+    assert backlog_of(run.engine).work == 0
