@@ -23,7 +23,7 @@ NUMBERS = {
 }
 RANGE = re.compile(r"(\d+) to (\d+)|(\d+) or more|more than (\d+)")
 WORDS_OF_VALIDATORS = {"device": {"auto", "cpu", "cuda"}, "max_batch": {"auto"}, "give_up_seconds": {"never"}}
-FLAGS_WITHOUT_SETTING = {"--help", "--openapi", "--compile"}
+FLAGS_WITHOUT_SETTING = {"--help", "--openapi", "--compile", "--model"}
 INSTALLATION_VARIABLES = {"UNFOG_TORCH_INDEX"}
 
 

@@ -97,6 +97,7 @@ def test_document_describes_the_body_and_responses_of_generate() -> None:
     assert body == {"$ref": "#/components/schemas/GenerateRequest"}
     fields = served["components"]["schemas"]["GenerateRequest"]["properties"]
     assert set(fields) == {
+        "label",
         "digit",
         "count",
         "seed",

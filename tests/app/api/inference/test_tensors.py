@@ -76,7 +76,14 @@ INVALID: dict[str, tuple[Any, str]] = {  # name -> (request, part of the message
     "three_inputs": ({"inputs": [DIGIT] * 3}, "body.inputs: List should have at most 2 items"),
     "duplicate_input": ({"inputs": [DIGIT, DIGIT]}, "body.inputs: 'digit' occurs more than once"),
     "only_seed": ({"inputs": [tensor("seed", [1])]}, "body.inputs: The input 'digit' is required"),
-    "unknown_input": ({"inputs": [tensor("label", [1])]}, "body.inputs.0.name: Input should be 'digit' or 'seed'"),
+    "unknown_input": (
+        {"inputs": [tensor("class", [1])]},
+        "body.inputs.0.name: Input should be 'label', 'digit' or 'seed'",
+    ),
+    "label_and_digit": (
+        {"inputs": [tensor("label", [1]), tensor("digit", [1])]},
+        "body.inputs: Send either the input 'label' or the input 'digit', not both",
+    ),
     "no_datatype": ({"inputs": [{"name": "digit", "shape": [1], "data": [1]}]}, "inputs.0.datatype: Field required"),
     "int32": ({"inputs": [{**DIGIT, "datatype": "INT32"}]}, "inputs.0.datatype: Input should be 'INT64'"),
     "fp32": ({"inputs": [{**DIGIT, "datatype": "FP32"}]}, "inputs.0.datatype: Input should be 'INT64'"),

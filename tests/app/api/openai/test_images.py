@@ -57,7 +57,7 @@ def test_response_has_the_fields_of_openai_and_the_images(path: str) -> None:
             "model": "default",
             "usage": {"input_tokens": 0, "input_tokens_details": details, "output_tokens": 0, "total_tokens": 0},
         }
-        assert [each["revised_prompt"] for each in data] == [description_of(7)] * 3
+        assert [each["revised_prompt"] for each in data] == [description_of(INFO, 7)] * 3
         for index, each in enumerate(data):
             pixels, chunks, _ = open_png(base64.b64decode(each["b64_json"], validate=True))
             num_steps = int(image(3, index, 0)[0, 3]) or pixels[0, -1]
