@@ -22,8 +22,12 @@ CURVES = {
 BATCHES = (None, 1, 8, 64)  # UNFOG_MAX_BATCH
 
 
-def serve_mix(seed: int, seconds: float, clip_seconds: float = 0.0) -> tuple[Counter[str], list[Job]]:
+def serve_mix(
+    seed: int, seconds: float, clip_seconds: float = 0.0, larger: float = 0.0
+) -> tuple[Counter[str], list[Job]]:
     """Simulates a random mix of clients. With `clip_seconds`, the duration of a call of CLIP, some use CLIP guidance.
+
+    With `larger`, there is a second model whose steps take this multiple of the time of the default model.
 
     Returns the number of requests by outcome, and the jobs that missed their deadlines although admission predicted
     that they would meet them.
@@ -37,9 +41,11 @@ def serve_mix(seed: int, seconds: float, clip_seconds: float = 0.0) -> tuple[Cou
         measured=measured,
         noise=lambda: MAX_SLOWDOWN if is_always_slow else choose.uniform(1.0, MAX_SLOWDOWN),
         clip_seconds=clip_seconds,
+        of_models={"large": {rows: larger * time for rows, time in measured.items()}} if larger else None,
     )
     clip_evaluations = StepTimes(measured, clip_seconds).clip_evaluations
-    result = service.run(random_mix(seed, clip_evaluations), seconds)
+    mix = random_mix(seed, clip_evaluations, second="large" if larger else "fast")
+    result = service.run(mix, seconds)
     outcomes: Counter[str] = Counter()
     for (_, outcome), number in result.outcomes.items():
         outcomes[outcome] += number
@@ -65,6 +71,23 @@ def test_no_admitted_job_is_late_in_random_mixes_with_clip_guidance(clip_seconds
         outcomes += found
     assert outcomes["200"] > 100
     assert outcomes["429"] > 100
+
+
+def test_no_admitted_job_is_late_beside_a_second_network_that_is_ten_times_as_large() -> None:
+    outcomes: Counter[str] = Counter()
+    for seed in range(5000, 5016):
+        found, late = serve_mix(seed, seconds=8.0, larger=10.0)
+        assert late == [], seed
+        outcomes += found
+    assert outcomes["200"] > 300
+    assert outcomes["429"] > 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_no_admitted_job_is_late_in_many_random_mixes_with_a_larger_second_network() -> None:
+    for seed in range(6000, 6200):
+        assert serve_mix(seed, seconds=15.0, larger=10.0)[1] == [], seed
 
 
 @pytest.mark.slow

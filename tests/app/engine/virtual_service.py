@@ -8,7 +8,7 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,14 +57,14 @@ class Client:
         return Job(JobRequest(options, self.count, timeout=self.timeout, guided_steps=guided_steps, clip=clip), now)
 
     def _job_with_input(self, now: float) -> Job:
-        """Returns a job that recognises, or that searches for its digit and then generates guided images."""
-        compare = Options(None, 0, 20, "forward", 1.0, path=(*timesteps(20), 0))
+        """Returns a job that recognises, or that searches for its class and then generates guided images."""
+        compare = Options(None, 0, 20, "forward", 1.0, self.model, path=(*timesteps(20), 0))
         if self.task == "recognise":
             return Job(JobRequest(compare, 1, timeout=self.timeout, comparison=Recognition(READOUT, 0.0)), now)
         search = Search(replace(compare, sampler="ddpm", num_steps=17), ClassDistances(10, 17))
         if self.task == "edit":
             search = Search(compare, Recognition(READOUT, 0.0))
-        options = Options(None, 0, self.num_steps, "ddpm", 2.0)
+        options = Options(None, 0, self.num_steps, "ddpm", 2.0, self.model)
         guided_steps = range(self.num_steps // 4, self.num_steps // 2)
         return Job(JobRequest(options, self.count, timeout=self.timeout, guided_steps=guided_steps, search=search), now)
 
@@ -96,11 +96,12 @@ class VirtualService:
         noise: Callable[[], float] = lambda: 1.0,
         clip_seconds: float = 0.0,
         slowness: Callable[[float], float] = lambda now: 1.0,  # duration of steps at a time, in multiples of `measured`
+        of_models: Mapping[str, dict[int, float]] | None = None,  # the times of models that differ from `measured`
     ) -> None:
         self.slowness = slowness
         self.admission = Admission(capacity, max_batch)
-        self.admission.open(StepTimes(measured, clip_seconds))
-        self.actual_times, self.noise = StepTimes(measured, clip_seconds), noise
+        self.admission.open(StepTimes(measured, clip_seconds, of_models))
+        self.actual_times, self.noise = StepTimes(measured, clip_seconds, of_models), noise
         self.now = 0.0
         self.predicted_late: set[Job] = set()  # jobs that were admitted only because the engine was idle
         self.steps: list[list[Trajectory]] = []
@@ -209,27 +210,28 @@ def clients(n: int, **fields: Any) -> list[Client]:
     return [Client(**fields) for _ in range(n)]
 
 
-def random_mix(seed: int, clip_evaluations: int = 0) -> list[Client]:
+def random_mix(seed: int, clip_evaluations: int = 0, second: str = "fast") -> list[Client]:
     """Returns clients with random image counts, timeouts, models, numbers of steps and tasks.
 
-    With `clip_evaluations`, some of them use CLIP guidance.
+    With `clip_evaluations`, some of them use CLIP guidance. `second` is the model of a quarter of the clients. If it is
+    `fast`, it supports only 4 steps.
     """
     choose, tasks, guide = random.Random(seed), random.Random(f"tasks {seed}"), random.Random(f"clip {seed}")
     numbers = itertools.count()
     mix: list[Client] = []
     for _ in range(choose.randint(1, 4)):
-        model = choose.choice(["default", "default", "default", "fast"])
+        model = choose.choice(["default", "default", "default", second])
         mix += clients(
             choose.choice([1, 1, 2, 4, 15, 40]),
             name=f"kind {next(numbers)}",
             count=choose.choice([1, 1, 1, 2, 8, 16, 64]),
             num_steps=4 if model == "fast" else choose.choice([100, 100, 50, 10]),
-            guided=model == "default" and choose.random() < 0.7,
+            guided=model != "fast" and choose.random() < 0.7,
             model=model,
             timeout=choose.choice([1.0, 2.0, 5.0, 10.0, 30.0]),
             start=choose.uniform(0, 2),
             think=choose.choice([0.001, 0.01, 0.3, 2.0]),
-            task=tasks.choice(TASKS) if model == "default" else "generate",
+            task=tasks.choice(TASKS) if model != "fast" else "generate",
             clip_evaluations=guide.choice([0, clip_evaluations]),
         )
     return mix

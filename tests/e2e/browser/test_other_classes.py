@@ -6,6 +6,8 @@ Most tests replace the answers of the service (see `other_models`). The tests wi
 import base64
 import io
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,15 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Page, Request, expect
 
+from model.checkpoint import CheckpointConfig, save
+from model.schedule import ScheduleConfig
 from tests.e2e.browser.conftest import DESKTOP, FIRST_VISIT, PHONE, Open, Watched
 from tests.e2e.browser.other_models import COLOUR, DIGITS, NAMES, model, picture_in, pixels_of, png_of, serve
 from tests.e2e.browser.test_draw import draw_seven, drop, verdict
 from tests.e2e.browser.views import choose_more, generate, predictions, wait_until_compared, wait_until_finished
+from tests.e2e.conftest import GUIDANCE, start_service
 from tests.e2e.service import Service, open_png, pngs
+from tests.tiny import tiny_unet
 
 DIGIT_MODEL = model("default", DIGITS, (1, 28, 28))
 FEW_STEPS = model("fast", DIGITS, (1, 28, 28), steps=[4], default_steps=4, samplers=["ddim"], has_picture_tasks=False)
@@ -53,9 +59,18 @@ def draw(page: Page) -> None:
 
 
 @pytest.fixture(scope="module")
-def colour_service() -> Iterator[Service]:
+def colour_service(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[Service]:
     """A service whose default model, `pictures`, generates colour images of 32x32 pixels of the classes NAMES."""
-    pytest.skip("The service does not serve models of other classes yet")
+    network = tiny_unet(seed=4, image_size=32, image_channels=3, num_classes=len(NAMES))
+    for parameter in network.parameters():
+        parameter.mul_(0.6)  # With larger weights, all pixels are clipped.
+    path = tmp_path_factory.mktemp("pictures") / "pictures.safetensors"
+    config = CheckpointConfig(
+        network.config, ScheduleConfig(), class_names=tuple(NAMES), guidance=GUIDANCE, training={"label_drop": 0.1}
+    )
+    save(path, network, config)
+    with ExitStack() as stack:
+        yield start_service(stack, path, UNFOG_MODELS=f"pictures={path},digits={checkpoint}")
 
 
 def test_names_are_buttons_and_the_number_of_the_class_is_sent(service: Service, open_page: Open) -> None:
