@@ -16,7 +16,7 @@ from tests.e2e.process import TIMEOUT, wait_until
 from tests.e2e.service import Service, assert_problem, pngs
 
 BODY = {"digit": 5, "count": 4, "seed": 50}
-ABORTS = 100
+ABORTS = 300
 
 
 @pytest.fixture(scope="module")
