@@ -27,12 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Files that take longest, with the longest first. With several processes they start first, so that none of them is left
-# at the end while the other processes are idle. test_sample.py comes before the other files that need a compiled step.
+# at the end while the other processes are idle. test_sample.py and test_bench.py come before the other files that need
+# a compiled step, so that no process waits while another compiles this step.
 FIRST = (
     "tests/e2e/test_containers.py",
     "tests/scripts/test_sample.py",
-    "tests/model/compiled/test_compiler.py",
     "tests/scripts/test_bench.py",
+    "tests/model/compiled/test_compiler.py",
     "tests/e2e/test_engine_faults.py",
     "tests/scripts/gpu/test_command.py",
     "tests/model/compiled/test_compiled_library.py",

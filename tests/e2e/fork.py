@@ -61,6 +61,7 @@ class Fork:
 
 
 def _run(module: str, folder: str, variables: dict[str, str], stderr: Connection) -> None:
+    os.setpgrp()  # The benchmarks send signals to the process group of a service.
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)

@@ -24,6 +24,7 @@ from tests.e2e.service import INTERNAL_DETAILS, Service, assert_problem
 
 VALID = {"digit": 7, "seed": 3, "num_steps": 2}
 CONCURRENCY = 32
+SILENCE = 0.25  # seconds
 VALID_EVERY = 10  # every tenth request is valid
 ALWAYS_ANSWERED = (  # kinds with correct framing, which always get a response
     "random bytes in a body",
@@ -47,14 +48,17 @@ def target(checkpoint: Path) -> Iterator[Service]:
         )
 
 
-async def send(address: tuple[str, int], request: bytes, silence: float) -> bytes:
-    """Sends bytes and returns what the server sends until it closes or is silent for `silence` seconds."""
+async def send(address: tuple[str, int], request: bytes, wait: float) -> bytes:
+    """Sends bytes and returns what the server sends until it closes or is silent. Waits `wait` seconds for an answer.
+
+    After an answer, the server may keep the connection open, so it is only read until it is silent for SILENCE seconds.
+    """
     response = b""
     with suppress(ConnectionError, TimeoutError):
         reader, writer = await asyncio.open_connection(*address)
         with suppress(ConnectionError, TimeoutError):
             writer.write(request)
-            while piece := await asyncio.wait_for(reader.read(65536), silence):
+            while piece := await asyncio.wait_for(reader.read(65536), SILENCE if response else wait):
                 response += piece
         writer.close()
     return response
@@ -83,7 +87,7 @@ async def attack(service: Service, seeds: range, expected: list[bytes]) -> Count
                 return
             kind, request = make(seed)
             always_answered = kind in ALWAYS_ANSWERED
-            response = await send(service.address, request, TIMEOUT if always_answered else 0.25)
+            response = await send(service.address, request, TIMEOUT if always_answered else SILENCE)
             status = response[9:12].decode("ascii", "replace") if response else "none"
             assert status != "none" or not always_answered, (seed, kind)
             found[f"{kind}: {status}"] += 1
@@ -129,8 +133,17 @@ def test_10000_hostile_requests_harm_no_valid_request(target: Service) -> None:
     print("\n".join(f"{count:6} {name}" for name, count in sorted(found.items())))
 
 
+@pytest.fixture(scope="module")
+def plain_cpu_seconds(target: Service) -> dict[int, float]:
+    """Returns the CPU time for bodies that are not JSON, by their size."""
+    bodies = {size: post(b"x" * size, b"Connection: close") for size in (MAX_BODY_BYTES, MEGABYTE)}
+    return {size: min(cpu_seconds(target, body) for _ in range(3)) for size, body in bodies.items()}
+
+
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
-def test_json_bomb_costs_no_more_cpu_time_than_a_plain_body(target: Service, bomb: SizedFactory) -> None:
+def test_json_bomb_costs_no_more_cpu_time_than_a_plain_body(
+    target: Service, plain_cpu_seconds: dict[int, float], bomb: SizedFactory
+) -> None:
     """Compares the CPU time of the process with that for a body of the same size that is not JSON."""
     target.wait_until_idle()
     for size, statuses in ((MAX_BODY_BYTES, (400, 422)), (MEGABYTE, (413,))):
@@ -138,10 +151,8 @@ def test_json_bomb_costs_no_more_cpu_time_than_a_plain_body(target: Service, bom
         assert response.status_code in statuses, response.text[:200]
         assert_problem(response, response.status_code, response.json()["code"])
         assert len(response.content) < 10_000
-        requests = (post(body, b"Connection: close") for body in (b"x" * size, bomb(size)))
-        # The minimum, because a busy machine can delay a measurement.
-        plain, expensive = (min(cpu_seconds(target, request) for _ in range(3)) for request in requests)
-        assert expensive < 3 * plain + 0.2
+        request, most = post(bomb(size), b"Connection: close"), 3 * plain_cpu_seconds[size] + 0.2
+        assert any(cpu_seconds(target, request) < most for _ in range(3))  # a busy machine can delay a measurement
 
 
 def test_60_json_bombs_delay_health_no_longer_than_plain_bodies(target: Service) -> None:
@@ -154,7 +165,7 @@ def test_60_json_bombs_delay_health_no_longer_than_plain_bodies(target: Service)
     plain = slowest(b"x" * MAX_BODY_BYTES)
     for name in ("lists in a list", "objects in a list", "unclosed lists", "many fields"):
         bomb = BOMBS[name](MAX_BODY_BYTES)
-        assert min(slowest(bomb) for _ in range(3)) < 3 * plain + 0.5  # the minimum, because a busy machine delays some
+        assert any(slowest(bomb) < 3 * plain + 0.5 for _ in range(3))  # a busy machine delays some
 
 
 REPEATS = 20

@@ -56,8 +56,8 @@ def num_equal(one: list[bytes], other: list[bytes]) -> int:
     return sum(a == b for a, b in zip(one, other, strict=True))
 
 
-def test_150_images_are_the_same_in_random_batches(start: Start) -> None:
-    bodies = requests(150, steps=(5, 20), models=("default",))
+def test_100_images_are_the_same_in_random_batches(start: Start) -> None:
+    bodies = requests(100, steps=(3, 12), models=("default",))
     alone, rows = generate(start(UNFOG_MAX_BATCH="1", UNFOG_REQUEST_TIMEOUT=str(REQUEST_TIMEOUT)), bodies, order=0)
     assert rows == 1
     assert len(set(alone)) == len(bodies)

@@ -22,6 +22,7 @@ from scripts.benchmark.measurement import Times
 from scripts.benchmark.services import Contestant, started, this_service
 from scripts.benchmark.simulation import SimulatedRequest
 from scripts.common.errors import ScriptError
+from tests.scripts.forked_service import ForkedService
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.scripts.tiny_training import RECIPES, trust_idx_files, write_idx_files
 
@@ -40,6 +41,12 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(loads, "LARGEST_REQUEST", 2)
     monkeypatch.setattr(modes, "matrix_rate", lambda device: 1e12)
     return path
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the measured services forks. Other tests of this file start them as a user does."""
+    monkeypatch.setattr(services.subprocess, "Popen", ForkedService)
 
 
 def test_memory_is_that_of_a_loaded_service(
@@ -82,6 +89,7 @@ def test_closed_measures_a_real_service(tiny: Path, tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out.count("| unfog |") == 9 + 2  # two loads have two kinds of requests
 
 
+@pytest.mark.usefixtures("forks")
 def test_versions_compares_two_services(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +104,7 @@ def test_versions_compares_two_services(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_streams_compares_previews_and_batch_events_with_plain_requests(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +127,7 @@ def test_folder_without_a_version_is_rejected(tmp_path: Path, capsys: pytest.Cap
     assert "is not a version of the service" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("forks")
 def test_quick_measures_three_loads_on_one_start(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,6 +200,7 @@ def test_missing_package_gives_an_error_before_the_measurement(
     assert capsys.readouterr().err == f"{absent} is not installed. Install with: pip install -e '.[bench]'\n"
 
 
+@pytest.mark.usefixtures("forks")
 def test_open_has_predictions_of_a_simulation(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class FastPainter:
         """A painter whose steps take almost no time."""
@@ -228,6 +239,7 @@ def test_measure_steps_measures_each_number_of_rows(tiny: Path) -> None:
     assert all(seconds[rows] >= 0.0001 * rows for rows in (1, 64))
 
 
+@pytest.mark.usefixtures("forks")
 def test_endurance_measures_a_service_under_mixed_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

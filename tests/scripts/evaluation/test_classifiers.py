@@ -69,9 +69,19 @@ def test_classifiers_reject_images_other_than_8_bit_digits(images: Tensor) -> No
         recognise(KINDS["judge"]().eval(), images)
 
 
+@pytest.mark.parametrize(
+    ("num_digits", "tolerance"),
+    [
+        (2000, 5e-3),  # two standard deviations
+        pytest.param(10_000, 3e-4, marks=pytest.mark.slow),  # kernels of other processors round differently
+    ],
+)
 @pytest.mark.parametrize(("kind", "least"), [("judge", 0.996), ("extractor", 0.99), ("fog_judge", 0.99)])
-def test_shipped_classifiers_have_their_stated_accuracy(mnist_dir: Path, kind: str, least: float) -> None:
+def test_shipped_classifiers_have_their_stated_accuracy(
+    mnist_dir: Path, kind: str, least: float, num_digits: int, tolerance: float
+) -> None:
     shipped = load_classifier(kind)
-    measured = accuracy(shipped.network, *mnist.load_mnist("test", mnist_dir))
-    assert measured == pytest.approx(shipped.accuracy, abs=3e-4)  # kernels of other processors round differently
-    assert measured >= least
+    images, labels = mnist.load_mnist("test", mnist_dir)
+    measured = accuracy(shipped.network, images[-num_digits:], labels[-num_digits:])
+    assert measured == pytest.approx(shipped.accuracy, abs=tolerance)
+    assert shipped.accuracy >= least

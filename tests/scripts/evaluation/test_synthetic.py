@@ -14,6 +14,6 @@ def accuracy_after(digits: Digits) -> float:
 
 def test_accuracy_is_high_after_good_digits_and_low_after_wrong_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classifier_training, "BATCH_SIZE", 8)
-    good = bars(512, 1)
+    good = bars(320, 1)
     assert accuracy_after(good) > 0.9
     assert accuracy_after(Digits(good.images, good.labels.roll(3))) < 0.2
