@@ -146,11 +146,6 @@ class CheckpointConfig:
         """(C, H, W) of one image."""
         return self.unet.image_channels, self.unet.image_size, self.unet.image_size
 
-    @property
-    def recommended_steps(self) -> int:
-        """The number of steps of a request without num_steps."""
-        return self.spec.default_steps
-
     def guidance_of(self, sampler: Sampler) -> Guidance:
         """Returns the recommended guidance of this sampler. Requests with another scale use its interval too."""
         return self.guidance_by_sampler.get(sampler, self.guidance)

@@ -294,7 +294,7 @@ def check_guidable(config: CheckpointConfig) -> None:
 def _without_clip(request: DrawingRequest, config: CheckpointConfig) -> DrawingOptions:
     """Returns the options of `options_from` without CLIP guidance."""
     T = config.schedule.num_steps
-    num_steps, permitted = request.num_steps or config.recommended_steps, config.steps
+    num_steps, permitted = request.num_steps or config.spec.default_steps, config.steps
     if num_steps > T:
         raise ScriptError(f"--num-steps {num_steps} is too large: this checkpoint has {T} timesteps")
     if permitted and num_steps not in permitted:

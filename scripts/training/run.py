@@ -139,7 +139,7 @@ class Run:
             index=y,
             image_shape=(config.unet.image_channels, config.unet.image_size, config.unet.image_size),
             sampler=sampler,
-            num_steps=config.recommended_steps,
+            num_steps=config.spec.default_steps,
             guidance=config.guidance_of(sampler),
             prediction=trainer.objective.prediction,
             null_label=trainer.averaged.null_label,

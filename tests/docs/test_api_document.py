@@ -212,7 +212,7 @@ def test_documented_defaults_equal_those_of_the_shipped_checkpoints() -> None:
     rows = by("Field", API.table("Request", "Field"))
     scales = {sampler: default.guidance_of(sampler).scale for sampler in default.samplers}
     assert scales["ddim"] == scales["dpmpp"]
-    assert rows["num_steps"]["Default"] == f"{default.recommended_steps} for `default`, {fast.steps[0]} for `fast`"
+    assert rows["num_steps"]["Default"] == f"{default.spec.default_steps} for `default`, {fast.steps[0]} for `fast`"
     assert rows["sampler"]["Default"] == f"`{default.samplers[0]}` for `default`, `{fast.samplers[0]}` for `fast`"
     assert rows["guidance_scale"]["Default"] == (
         f"{scales['ddpm']:g} for `default` with `ddpm`, {scales['dpmpp']:g} for `default` with the other samplers, "

@@ -377,7 +377,7 @@ def test_recommended_steps_is_the_first_permitted_number_or_at_most_100(
 ) -> None:
     unet, schedule = tiny_unet(num_steps=num_steps).config, ScheduleConfig(num_steps=num_steps)
     config = CheckpointConfig(unet=unet, schedule=schedule, steps=steps, probe=Probe(num_steps=1))
-    assert config.recommended_steps == recommended
+    assert config.spec.default_steps == recommended
 
 
 def test_digest_covers_names_types_shapes_and_bytes_sorted_by_name() -> None:

@@ -61,7 +61,7 @@ def _ceilings(machine: Machine) -> Iterator[Figure]:
     rate = _matrix_rate(machine)
     yield Figure("matrix rate", rate / 1e12, "TFLOP/s")
     (loaded,) = machine.load().values()
-    flop, steps = flop_of(loaded.network), loaded.config.recommended_steps
+    flop, steps = flop_of(loaded.network), loaded.config.spec.default_steps
     yield Figure("one evaluation of the network", flop / 1e9, "GFLOP")
     yield Figure(f"highest rate of images with {steps} steps without guidance", rate / (flop * steps), "images/s")
 
