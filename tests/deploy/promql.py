@@ -29,7 +29,7 @@ def exposed() -> dict[str, set[str]]:
     for counter, labels in (
         (metrics.requests, ("/generate", "200")),
         (metrics.request_duration, ("/generate",)),
-        (metrics.images, ("7",)),
+        (metrics.images, ("7", "7")),
         (metrics.model_info, ("default", "0", "cpu", "float32", "0")),
     ):
         counter.labels(*labels)

@@ -32,8 +32,9 @@ class Samples(dict[tuple[str, frozenset[tuple[str, str]]], float]):
     """One scrape of /metrics: a value for each metric name and set of labels."""
 
     def value(self, name: str, /, **labels: str) -> float:
-        """Returns the sample of unfog_<name> with exactly these labels, or 0 if there is none."""
-        return self.get((f"unfog_{name}", frozenset(labels.items())), 0.0)
+        """Returns the sum of the samples of unfog_<name> with these labels, or 0 if there are none."""
+        wanted = labels.items()
+        return sum(value for (each, own), value in self.items() if each == f"unfog_{name}" and wanted <= own)
 
 
 class Service:

@@ -15,7 +15,7 @@ METRICS = {
     "unfog_requests": ("counter", {"route", "code"}),
     "unfog_request_duration_seconds": ("histogram", {"route"}),
     "unfog_requests_in_progress": ("gauge", set()),
-    "unfog_images": ("counter", {"digit"}),
+    "unfog_images": ("counter", {"digit", "label"}),
     "unfog_queue_depth_images": ("gauge", set()),
     "unfog_queue_capacity_images": ("gauge", set()),
     "unfog_running_images": ("gauge", set()),

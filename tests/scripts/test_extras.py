@@ -35,9 +35,9 @@ def test_sample_needs_no_extra(unguided: Path, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
-        ("sample --digit=11 --out=x.png", "--digit 11"),
+        ("sample --digit=11 --out=x.png", "--label 11"),
         ("sample --digit=1 --out=x.jpg", "--out x.jpg"),
-        ("sample --digit=11 --out=x.png --clip-guidance-scale=1", "--digit 11"),
+        ("sample --digit=11 --out=x.png --clip-guidance-scale=1", "--label 11"),
         ("sample --digit=1 --out=x.png --clip-prompt=seven", "--clip-prompt needs"),
         ("sample --digit=1 --out=x.png --num-steps=11", "10 timesteps"),
         ("train --preset=nonsense --out=x", "unknown preset 'nonsense'"),

@@ -364,7 +364,7 @@ def test_picture_of_another_checkpoint_is_refused_with_both_digests(
 @pytest.mark.parametrize(
     "wrong",
     [
-        ["--digit", "7"],
+        ["--label", "7"],
         ["--count", "1"],
         ["--scale", "1"],
         ["--seed", "5"],
@@ -426,8 +426,8 @@ def test_default_prompt_of_a_class_that_is_no_digit_names_the_class(tmp_path: Pa
     network = tiny_unet(image_size=28, num_steps=100, widths=(8, 8), num_classes=len(names))
     config = CheckpointConfig(network.config, ScheduleConfig(), class_names=names, probe=Probe(num_steps=2))
     checkpoint.save(tmp_path / "tiny.safetensors", network, config)
-    draw(tmp_path / "tiny.safetensors", tmp_path / "each", "--digit=1", "--digit=11", "--clip-guidance-scale=2")
-    prompts = [chunks_of_clip(tmp_path / "each" / f"digit-{k}-seed-5-0.png")["CLIP-Prompt"] for k in (1, 11)]
+    draw(tmp_path / "tiny.safetensors", tmp_path / "each", "--label=dog", "--label=9", "--clip-guidance-scale=2")
+    prompts = [chunks_of_clip(tmp_path / "each" / f"{name}-seed-5-0.png")["CLIP-Prompt"] for name in ("dog", "9")]
     assert prompts == ['"a photo of a dog"', f'"{digit_prompt(9)}"']
 
 
