@@ -332,7 +332,7 @@ def test_dropped_image_restores_the_guidance_with_a_prompt(
 ) -> None:
     png = service.images(digit=2, seed=11, num_steps=2)[0]
     model_sha256 = open_png(png)[1]["Model-SHA256"]
-    chunks = Provenance(2, 11, "ddim", 2, 1.5, model_sha256, clip=ClipProvenance(2.5, prompt, sha256)).text(0)
+    chunks = Provenance(("2",), 11, "ddim", 2, 1.5, model_sha256, clip=ClipProvenance(2.5, prompt, sha256)).text(0)
     page = open_page(service, "#/draw", prepare=stub(), viewport=NARROW)
     sent = requests_to(page, "/generate")
     drop(page, "digit.png", encode_png(Image.open(io.BytesIO(png)), text=chunks))

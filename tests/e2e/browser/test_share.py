@@ -54,7 +54,7 @@ def test_picture_has_all_images_a_caption_and_their_text_chunks(service: Service
     pixels, text, mode = open_png(content)
     assert mode == "RGBA"
     provenance, indices = Provenance.parse(text)
-    assert (provenance.digit, provenance.seed, indices) == (4, 42, range(3))
+    assert (provenance.labels, provenance.seed, indices) == (("4",), 42, range(3))
     assert pixels.shape[:2] == (896 + 72, 896)
     grey = Image.fromarray(pixels[:896, :, 0])
     for index, png in enumerate(pngs(service.post(BODY))):
