@@ -37,7 +37,7 @@ TITLES = {**responses, 413: "Content Too Large", 422: "Unprocessable Content"}
 
 
 class FieldError(Exception):
-    """The value of a field is not permitted. A protocol converts it to its error, as it knows where its fields are."""
+    """The value of a field is not permitted. A protocol converts it to its own error, which says where the field is."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")

@@ -28,7 +28,7 @@ SECRETS = Path("/run/secrets")  # Docker mounts secrets here: the file unfog_api
 
 
 class RateLimit(NamedTuple):
-    """The number of requests that a caller may send in a time."""
+    """A caller may send `amount` requests in `seconds`."""
 
     amount: int
     seconds: int
@@ -170,7 +170,6 @@ class Settings(BaseSettings):
         env_prefix=PREFIX,
         env_ignore_empty=True,
         frozen=True,
-        arbitrary_types_allowed=True,  # because RateLimitItem is not a type of pydantic
         use_attribute_docstrings=True,  # --help shows the docstrings of the fields
         secrets_dir=SECRETS if SECRETS.is_dir() else None,
     )

@@ -88,8 +88,8 @@ class CheckpointConfig:
     steps: tuple[int, ...] = ()  # permitted numbers of steps, the first is recommended; empty = all up to T
     training: dict[str, Any] = field(default_factory=dict)  # preset, data, epochs, seed, losses, evaluation
     probe: Probe = Probe()
-    # How drawings become images: as in MNIST, or as they are. auto: as in MNIST for grey digits of 28 x 28 pixels. The
-    # oldest files lack this field.
+    # How pictures become images. mnist: drawings are normalised as in MNIST. none: only resized. auto: mnist for grey
+    # digits of 28 x 28 pixels, because the oldest files lack this field.
     normalisation: Literal["auto", "mnist", "none"] = "auto"
 
     def __post_init__(self) -> None:
@@ -122,7 +122,7 @@ class CheckpointConfig:
 
     @property
     def spec(self) -> ModelSpec:
-        """The description of the model for those who do not compute with it."""
+        """The part of the configuration that limits requests. It can be used without torch."""
         return ModelSpec(
             class_names=self.class_names,
             image_shape=self.image_shape,

@@ -1,6 +1,6 @@
 """A noisy image: the timestep with its noise level, and the comparison of its classes.
 
-model/denoising.py explains how they remove noise. This module does not import torch.
+model/denoising.py explains how noise is removed. This module does not import torch.
 """
 
 import math
@@ -13,7 +13,7 @@ from model.spec import Sampler
 if TYPE_CHECKING:
     from torch import Tensor
 
-DENOISING_SAMPLER: Sampler = "ddim"  # recommended; new noise in each step can turn the result into another digit
+DENOISING_SAMPLER: Sampler = "ddim"  # recommended; new noise in each step can turn the result into another class
 DENOISING_STEPS = 20  # recommended number of steps from T to 0; an image with weak noise needs only a part of them
 WHITE = 255
 NUM_PAIRS = 8  # timesteps of `comparison_path`; each takes two steps with opposite noise

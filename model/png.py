@@ -63,7 +63,7 @@ class ClipProvenance:
     """The parameters of CLIP guidance that determine the pixels."""
 
     scale: float  # above 0
-    prompt: str | None  # None: the default prompt of each digit (see model.clip.digit_prompt)
+    prompt: str | None  # None: the default prompt of each digit (see model/prompts.py)
     sha256: str  # digest of the weights of the CLIP model
 
     @classmethod

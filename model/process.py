@@ -1,6 +1,6 @@
 """Complete processes for a batch of rows, each with its own plan. They use the step of model/step.py.
 
-`draw` generates images, `compare` compares the classes of images, and `recognise` recognises their digits.
+`draw` generates images, `compare` runs comparisons of the classes, and `recognise` runs that of images without noise.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Recognition of a digit with the diffusion model: the class whose prediction is closest to the image.
+"""Recognises the class of an image with the diffusion model: the class whose prediction is closest to the image.
 
 This is a diffusion classifier (Li 2023; Clark & Jaini 2023). A pair (t, eps) turns the image x_0 into
 x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. The network predicts x_0 from x_t for every class. The distance
@@ -8,7 +8,7 @@ distances over several pairs.
 All images use the same pairs, so the result is reproducible. A fixed eps also has the same influence on the distances
 of every image. The offsets of `Readout` remove this influence, so that few pairs are enough.
 
-The decisions after each pair are plain Python, because tensors of ten values are slower. This module does not import
+The decisions after each pair are plain Python, because tensors of a few values are slower. This module does not import
 torch. `recognise` in model/process.py runs the network.
 """
 

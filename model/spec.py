@@ -1,4 +1,4 @@
-"""What the service needs to know about models before it computes with them: samplers, limits and `ModelSpec`.
+"""The facts about models that need no torch: the samplers, the limits, and `ModelSpec`.
 
 This module does not import torch.
 """
@@ -68,7 +68,7 @@ class Evaluation:
     num_steps: int
     guidance_scale: float
     num_images: int
-    accuracy: float  # share of the images that a classifier recognises as the requested digit
+    accuracy: float  # share of the images that a classifier recognises as the requested class
     frechet: float  # Fréchet distance to the test images
 
 

@@ -1,4 +1,4 @@
-"""Declares the operations of the API: each says once what FastAPI and the OpenAPI document need to know about it.
+"""Declares the operations of the API, both for the routes and for the OpenAPI document.
 
 A protocol declares an operation next to its route. FastAPI writes most of the document from the declaration (see
 `Operation.arguments`). openapi.py adds what depends on the settings and on the served models.
@@ -39,7 +39,7 @@ GROUPS = {  # name -> description, in the order of the document
     "OpenAI": "The OpenAI Images API. Errors have its format.",
     "Open Inference": "The Open Inference Protocol, for clients of Triton and KServe. Errors have its format.",
 }
-# The description of each status of an error. It has the codes of the errors, which select their examples.
+# The description of each status of an error. The error codes that it contains select the examples of the status.
 STATUS = {
     400: "malformed_json or malformed_request",
     401: "unauthorized: UNFOG_API_KEYS is set and the request has no API key",
@@ -56,7 +56,7 @@ STATUS = {
     503: "starting, draining or engine_failed, with Retry-After",
     504: "deadline_exceeded: the images were not finished before the deadline",
 }
-READ_STATUSES = {  # of an operation that reads and needs an API key
+READ_STATUSES = {  # of a GET operation that needs an API key
     **{status: STATUS[status] for status in (401, 403, 429, 500, 503)},
     429: "rate_limited: the rate limit is exceeded, with Retry-After",
 }
@@ -73,7 +73,7 @@ def default_of(setting: str) -> Any:
     return Settings.model_fields[setting].default
 
 
-# Examples of the errors that any operation can send. An operation has examples of its own besides.
+# Examples of the errors that every operation can send. `Operation.errors` has further examples.
 ERRORS: tuple[UnfogError, ...] = (
     errors.MalformedJSON(),
     errors.MalformedRequest(),
@@ -106,7 +106,7 @@ class Problem(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What requests may contain: it follows from the settings and from the served models.
+    """The settings and the served models, which limit what requests may contain.
 
     `models` is empty if the checkpoints cannot be read yet.
     """
@@ -122,7 +122,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A stream of events: the name of the schema of an event, the order of the events, and the schema of their data."""
+    """A stream of events. `name` is the name of the schema of an event, and `events` has the schemas of their data."""
 
     name: str
     order: str
@@ -160,7 +160,7 @@ def _nothing_more(operation: Schema, offer: Offer) -> dict[str, Schema]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """An operation: its path, request, answer, formats, errors and examples."""
+    """The declaration of an operation. Its route and its part of the OpenAPI document follow from it."""
 
     path: str
     name: str  # the operation id
@@ -176,7 +176,7 @@ class Operation:
     error: type[BaseModel] = Problem
     statuses: Mapping[int, str] = field(default_factory=dict)  # the statuses of errors -> description
     errors: Iterable[UnfogError] = ()  # examples besides ERRORS
-    others: Mapping[int, Schema] = field(default_factory=dict)  # further responses
+    others: Mapping[int, Schema] = field(default_factory=dict)  # status -> a response that is not an error
     # Adds what depends on the settings and on the models. Returns the schemas of the request.
     complete: Callable[[Schema, Offer], dict[str, Schema]] = _nothing_more
 
@@ -210,7 +210,7 @@ class Operation:
         """The responses with the statuses of errors."""
         refused = {}
         for status, text in self.statuses.items():
-            # The HTTP server refuses headers without the routes, so always with a problem document.
+            # The HTTP server itself refuses large headers, with a problem document on every path.
             is_problem = self.error is Problem or status == errors.HeadersTooLarge.status
             sent = [(error.code, *_sent(error, "/" if is_problem else self.path)) for error in (*ERRORS, *self.errors)]
             schema = Problem if is_problem else self.error
@@ -223,7 +223,7 @@ class Operation:
 
 
 def unavailable(answer: type[BaseModel], example: Schema) -> dict[int, Schema]:
-    """Returns the response of a probe with the status 503. It has the same schema as that with 200."""
+    """Returns the response of a probe with the status 503, which has the schema of the response with 200."""
     content = {JSON: {"example": example}}
     return {503: {"model": answer, "description": "Service Unavailable", "content": content}}
 
@@ -239,7 +239,7 @@ def body_of(
 ) -> dict[str, Schema]:
     """Returns the media types of a request. `examples` maps names to a summary and a JSON body.
 
-    A request with `pictures`, the fields with pictures, has a multipart body too. Its examples have files.
+    `pictures` has the names of the fields with pictures. If there are any, the body can also be multipart/form-data.
     """
     content = {JSON: _body(request.__name__, examples)}
     if fields := set(pictures):

@@ -82,7 +82,7 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The objects of a running service that its routes use."""
+    """The parts of the running service that all routes share."""
 
     settings: Settings
     engine: Engine
@@ -112,7 +112,7 @@ class Service:
         return models
 
     def info(self, model: str | None = None) -> ModelInfo:
-        """Returns a model, or the default model without a name. Raises FieldError if the name is unknown.
+        """Returns the model with this name, or the default model for None. Raises FieldError if the name is unknown.
 
         Also raises the errors of `models`.
         """
@@ -251,7 +251,7 @@ async def _warning(service: Service, task: Task, embedding: Embedding) -> str | 
     assert service.engine.clip
     assert label is not None, "requests with CLIP guidance name a class"
     unknown = await asyncio.to_thread(service.engine.clip.unknown_words, [task.options.clip_prompt])
-    if info.has_digits:  # The real digits are images of this class.
+    if info.has_digits:  # There are real images only of digits.
         similarities = service.clip.compare_with_real_digits(label, embedding)
     return prompt_warning(unknown, info.class_names[label], similarities)
 

@@ -129,7 +129,7 @@ class Engine:
 
     @property
     def state(self) -> EngineState:
-        """Returns the state of the engine. It is `ok` although the engine is stuck in a step (see apparent_state)."""
+        """Returns the state of the engine. It stays `ok` while the engine is stuck in a step (see apparent_state)."""
         return self._shared.state
 
     @property

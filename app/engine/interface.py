@@ -30,7 +30,7 @@ class DeviceLostError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo(ModelSpec):
-    """A served model: its specification, and what follows from its name, its weights and the device."""
+    """A served model: its specification, and the values that depend on its file, its weights and the device."""
 
     name: str
     sha256: str  # of the checkpoint file

@@ -1,12 +1,12 @@
 """The state that the engine thread shares with its callers: the admitted jobs, and whether the engine runs.
 
-One lock protects this state. Only `SharedState` has the lock, the admission and the backlog of an engine. Each of its
-methods takes the lock itself and returns values or copies, so that no code can forget the lock. Callers wait on
+One lock protects this state. Only `SharedState` uses the lock, the admission and the backlog of an engine. Each of its
+methods takes the lock itself and returns values or copies, so that no caller can forget the lock. Callers wait on
 futures. The engine thread waits on the condition variable of the lock while there is no work. Neither of them polls.
 tests/app/engine/lock_guard.py finds uses without the lock.
 
-The engine thread does not receive its work through a queue of commands, because it would answer `submit` only after the
-step in progress, but a request that is refused must be answered at once.
+Callers admit their jobs themselves, because a request that is refused must be answered at once. If they sent commands
+to the engine thread, it would answer them only after the step in progress.
 
 Some values are read without the lock:
 
@@ -61,7 +61,7 @@ class ImageCounts(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The next step."""
+    """The step that `select` has chosen."""
 
     rows: StepRows
     calls: Calls  # see Admission.calls
@@ -89,7 +89,6 @@ class SharedState:
 
     @property
     def state(self) -> EngineState:
-        """Returns the state of the engine."""
         return self._state
 
     @property
@@ -99,7 +98,6 @@ class SharedState:
 
     @property
     def is_stopping(self) -> bool:
-        """Returns True after `stop`."""
         return self._is_stopping
 
     def open(self, step_times: StepTimes, max_rows: int | None) -> None:
@@ -110,7 +108,7 @@ class SharedState:
                 self._state = EngineState.OK
 
     def submit(self, job: Job, *, is_accepted: bool) -> None:
-        """Admits all images of a job or raises an error, as Engine.submit."""
+        """Admits all images of a job, or raises the errors of Engine.submit."""
         with self._condition:
             if not (is_accepted and self._state is EngineState.DRAINING and not self._has_given_up):
                 self._state.refuse_unless_ok()
@@ -138,7 +136,7 @@ class SharedState:
             return self._drained
 
     def give_up(self, error: errors.UnfogError) -> None:
-        """Answers all jobs with the error. Afterwards, a drain admits no job."""
+        """Answers all jobs with the error. Afterwards, accepted jobs are no longer admitted during a drain."""
         with self._condition:
             self._has_given_up = True
             self._end_all(error)

@@ -54,8 +54,8 @@ class DenoiseFields(SamplingFields, LabelFields, PictureFields):
     )
     num_steps: NumSteps = Field(
         default=None,
-        description="Number of steps from pure noise, 20 by default. An image takes the part of them that begins at "
-        "its noise level. With mode mean only 1 is permitted.",
+        description="Number of steps from pure noise, 20 by default. An image takes only those below its noise "
+        "level. With mode mean, only 1 is permitted.",
         json_schema_extra=may_be_absent,
     )
     sampler: SamplerName = Field(
@@ -67,7 +67,7 @@ class DenoiseFields(SamplingFields, LabelFields, PictureFields):
 
 
 def read_noisy(checked: tuple[DenoiseFields, ModelInfo], data: bytes) -> tuple["PreparedImage", float]:
-    """Converts a noisy picture to an image. Returns the image and the noise_std in grey levels. Raises PictureError."""
+    """Converts a noisy picture to an image. Returns the image and its noise_std in grey levels. Raises PictureError."""
     fields, info = checked
     fit = "resize" if fields.fit == "auto" else fields.fit
     image = prepare(info, decode_for(info, data), fit, fields.invert)
@@ -120,7 +120,7 @@ def _search_in_noise(info: ModelInfo, image: Image, t: int, comparison: NoisyCom
 
 
 def _probabilities(comparison: NoisyComparison | None) -> dict[str, Any]:
-    """Returns the fact about a finished comparison, or about a request without a search."""
+    """Returns the probabilities of a finished comparison, or null without one, as a fact of the answer."""
     return {"probabilities": comparison and [round(each, DECIMALS) for each in comparison.probabilities]}
 
 

@@ -53,7 +53,7 @@ def read_drawing(checked: tuple[FittingFields, ModelInfo], data: bytes) -> "Prep
 
 
 def check_model(info: ModelInfo, fields: FittingFields) -> None:
-    """Raises FieldError if the model supports only generation, or not this way to prepare a picture."""
+    """Raises FieldError if the model supports only generation, or does not support the value of `fit`."""
     if not has_picture_tasks(info):
         raise FieldError("model", f"The model '{info.name}' supports only /generate")
     if fields.fit == "digit" and not info.normalises_drawings:
@@ -76,7 +76,7 @@ def starting_at(info: ModelInfo, options: Options, t: int) -> Options:
 
 
 def with_noise(info: ModelInfo, image: Image, t: int, is_known: Mask | None = None) -> Input:
-    """Returns the input of rows that start from the forward process at timestep t (Ho 2020, eq. 4)."""
+    """Returns the input of rows that start from the image with the noise of timestep t (Ho 2020, eq. 4)."""
     return Input(image, *info.schedule.signal_and_noise(t), is_known)
 
 
@@ -94,7 +94,7 @@ def kept(image: "PreparedImage") -> Input:
 def job_of(
     info: ModelInfo, fields: SamplingFields, options: Options, start: Input, search: Search | None = None
 ) -> JobRequest:
-    """Returns what the engine computes for images that start from an image."""
+    """Returns the job that generates images from the start image, after the search if there is one."""
     return JobRequest(
         options,
         fields.count,
@@ -116,7 +116,7 @@ def task_of(
     facts: Mapping[str, Any],
     chunks: Mapping[str, str] | None = None,
 ) -> Task:
-    """Returns the task that generates images from an image. `num_steps` is that of the request."""
+    """Returns the task of a job that starts from an image. `num_steps` is that of the request."""
     return Task(
         info,
         job,

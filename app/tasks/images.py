@@ -61,7 +61,7 @@ def file_name_of(provenance: Provenance) -> str:
 
 
 def encode_zip(images: list[Pixels], provenance: Provenance, scale: int) -> bytes:
-    """Returns a ZIP archive with one PNG per image. The PNG files are stored, since they are already compressed."""
+    """Returns a ZIP archive with one PNG per image. The PNG files are not compressed again."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for i, png in enumerate(encode_images(images, provenance, scale)):

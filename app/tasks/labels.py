@@ -57,7 +57,7 @@ def label_of(info: ModelInfo, fields: LabelFields) -> int | None:
     if fields.label is not None:
         raise FieldError("label", "Send either label or digit, not both")
     if not info.has_digits:
-        raise FieldError("digit", f"The classes of model '{info.name}' are no digits. Send label. {_listed(info)}")
+        raise FieldError("digit", f"The classes of model '{info.name}' are not digits. Send label. {_listed(info)}")
     if fields.digit >= info.num_classes:
         largest = info.num_classes - 1
         raise FieldError("digit", f"Input should be less than or equal to {largest} for model '{info.name}'")

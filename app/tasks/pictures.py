@@ -1,6 +1,6 @@
 """Decodes pictures of clients to grey or RGB pixels.
 
-The additional memory is at most about 100 MB for a permitted picture, and 150 MB in colour.
+Decoding a permitted picture needs at most about 100 MB of memory, or 150 MB in colour.
 """
 
 import io

@@ -1,7 +1,4 @@
-"""Generates a picture of this service again.
-
-Reads the options from its text chunks, and compares the picture with the images that are generated now.
-"""
+"""Generates a picture of this service again from its text chunks, and compares the pixels."""
 
 import io
 from collections.abc import Mapping

@@ -45,9 +45,9 @@ class SeveralPictures:
         self._num_pixels = 0
 
     def read(self, checked: tuple[FittingFields, ModelInfo], data: bytes) -> "PreparedImage":
-        """Converts the next picture to an image, as for the model.
+        """Converts the next picture to an image of the model.
 
-        Raises PictureError, also if all of them together are too large.
+        Raises PictureError, also if all pictures together are too large.
         """
         fields, info = checked
         picture = decode_for(info, data)
@@ -60,6 +60,6 @@ class SeveralPictures:
 
 
 def read_real_digits() -> list[list[Pixels]]:
-    """Returns the real digits (28, 28) of each class, whose similarities an answer has: 100 images of MNIST."""
+    """Returns the real digits (28, 28) of each class: the 100 images of MNIST with which prompts are compared."""
     rows = np.vsplit(decode(REAL_DIGITS.read_bytes()), 10)
     return [np.hsplit(row, row.shape[1] // SIZE) for row in rows]

@@ -1,4 +1,4 @@
-"""The task of a request: what the engine computes, and the facts of the answer. All tasks have this form."""
+"""The form of all tasks that the engine computes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,11 +14,11 @@ class Task:
     """What the engine computes for a request, and the parts of the answer that the task determines."""
 
     info: ModelInfo  # the model that computes it
-    job: JobRequest  # a protocol adds what it wants to hear about the progress
+    job: JobRequest  # a protocol adds its listener, and the numbers of previews and frames
     num_steps: int = 0  # the number of steps in the request; the path can have another number
     scale: int = 1
     facts: Mapping[str, Any] = field(default_factory=dict)  # the fields of the answer that only this task has
-    result_facts: Callable[[], dict[str, Any]] = dict  # further ones, when the job is finished
+    result_facts: Callable[[], dict[str, Any]] = dict  # further facts, which are known when the job is finished
     chunks: Mapping[str, str] = field(default_factory=dict)  # further text chunks of the PNG files
     clip_sha256: str = ""  # digest of the weights of the model of CLIP guidance
 

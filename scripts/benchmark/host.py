@@ -85,7 +85,7 @@ def _module_in(folder: Path) -> str:
     for module in MODULES:
         if (folder / module.replace(".", "/")).with_suffix(".py").is_file():
             return module
-    raise ScriptError(f"{folder} is not a version of the service with {MODULES[0]}. Name another with --base")
+    raise ScriptError(f"{folder} has no module {MODULES[0]}. Name another folder with --base")
 
 
 def _run(part: str, folder: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ LOADS = {"8 x 64": (8, 64), "512 x 1": (512, 1)}  # (jobs, images of each job)
 BACKLOGS = (64, 1024, 10_000)
 NUM_ADMISSIONS = 200
 LONGEST_SECONDS = 120.0  # time limit for one measurement of the engine
-ROUNDS = 5  # a measurement of the engine takes this many times the steps of an image
+ROUNDS = 5  # number of steps in a measurement of the engine, as a multiple of the steps of an image
 
 
 def new_job(count: int = 1, timeout: float = math.inf, guided_steps: range = GUIDED_STEPS) -> Job:

@@ -27,7 +27,6 @@ class SleepingDevice:
         self._busy_until = 0.0
 
     def enqueue(self, work: Callable[..., None], *arrays: Array) -> None:
-        """Runs the work."""
         work(*map(torch.from_numpy, arrays))
 
     def read(self, work: Callable[..., Tensor], *arrays: Array) -> "Done":
@@ -40,11 +39,9 @@ class SleepingDevice:
         return SleepingGraph(self, STEP_SECONDS if is_step else 0.0)
 
     def host_buffer(self, size: int) -> Tensor:
-        """Returns memory of the host."""
         return torch.zeros(size, dtype=torch.int64)
 
     def copy(self, buffer: Tensor, to: Tensor) -> None:
-        """Copies the buffer to the tensor."""
         to.copy_(buffer)
 
     def record(self) -> "Done":
@@ -56,7 +53,6 @@ class SleepingDevice:
         self.record().synchronize()
 
     def add(self, seconds: float) -> None:
-        """Enqueues work that takes this time."""
         self._busy_until = max(self._busy_until, time.perf_counter()) + seconds
 
 
@@ -68,7 +64,6 @@ class SleepingGraph:
     seconds: float
 
     def replay(self) -> None:
-        """Enqueues work that takes this time."""
         self.device.add(self.seconds)
 
 

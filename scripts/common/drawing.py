@@ -256,9 +256,9 @@ def open_drawer(request: DrawingRequest) -> Drawer:
 
 
 def open_digit_drawer(request: DrawingRequest, reporter: Reporter) -> Drawer:
-    """Loads and compiles a checkpoint with a null label and ten classes of 28x28 images.
+    """Loads and compiles a checkpoint with a null label and ten classes of 28x28 images, as the evaluations need it.
 
-    Raises CheckpointError or ScriptError.
+    Raises CheckpointError, or ScriptError for another checkpoint.
     """
     drawer = open_drawer(request)
     if drawer.checkpoint.image_shape != (1, 28, 28) or drawer.checkpoint.network.null_label != NUM_CLASSES:

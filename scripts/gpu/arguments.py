@@ -16,7 +16,6 @@ the time limit counts as failed. A missed target is not a failure."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
     sections = "\n".join(f"  {section.name.ljust(18)}{section.text}" for section in SECTIONS)
     parser = argparse.ArgumentParser(
         prog="python -m scripts.gpu",
@@ -77,7 +76,6 @@ def as_arguments(given: argparse.Namespace, device: str) -> list[str]:
 
 
 def interpreters(given: argparse.Namespace) -> Sequence[str]:
-    """Returns the interpreters to run."""
     return given.python or [sys.executable]
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]  # the folder of the package app
+ROOT = Path(__file__).parents[2]  # the folder of the packages
 KILL_SECONDS = 5.0  # time for a killed process to end. A process that waits in the driver can take longer.
 LINES_KEPT = 20  # the number of last lines of stderr that a failed section has in the results
 DONE, SKIPPED, FAILED, NOT_RUN = "done", "skipped", "failed", "not run"

@@ -79,5 +79,4 @@ def failed_report(python: str, error: ProbeError) -> Report:
 
 
 def to_stderr(line: str) -> None:
-    """Prints a line to stderr."""
     print(line, file=sys.stderr, flush=True)

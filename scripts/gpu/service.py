@@ -20,8 +20,8 @@ from scripts.gpu.measurements.figures import RATES, READY, Figure, Options, Size
 
 START_SECONDS, STOP_SECONDS = 60.0, 10.0
 CLOSE_SECONDS = 60.0  # time for the last answers of a load
-# Between attempts to connect. The service reports that it is ready in its log, but only at a level at which it also
-# logs each request. Reading these lines would slow down the clients that measure.
+# Seconds between attempts to connect. The log also reports that the service is ready, but only at a level at which it
+# has a line for each request. Reading these lines would slow down the clients that measure.
 POLL_SECONDS = 0.02
 JSON = "application/json"
 GUIDANCE: dict[str, dict[str, Any]] = {"guidance off": {"guidance_scale": 1}, "default guidance": {}}

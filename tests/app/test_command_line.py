@@ -103,7 +103,7 @@ def test_help_contains_the_flag_of_every_setting(
 
 
 def test_help_is_shown_without_the_imports_of_the_service() -> None:
-    """They take seconds."""
+    """The imports take seconds."""
     code = "import atexit, sys, app.__main__; atexit.register(lambda: print({'torch', 'fastapi'} & {*sys.modules}))"
     command = [sys.executable, "-c", f"{code}; app.__main__.main()", "--help"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -145,7 +145,7 @@ def test_picture_of_another_class_is_reproduced(mixed: Service, count: int) -> N
     [
         ({"label": "trukc"}, "label", "Unknown label 'trukc'. Did you mean 'truck'? GET /models lists all 20 names"),
         ({"label": 20}, "label", "Unknown label 20: the model 'objects' has the labels 0 to 19"),
-        ({"digit": 3}, "digit", "The classes of model 'objects' are no digits. Send label"),
+        ({"digit": 3}, "digit", "The classes of model 'objects' are not digits. Send label"),
         ({"label": "fox", "digit": 3}, "label", "Send either label or digit, not both"),
         ({}, "label", "Field required"),
         ({"label": "fox", "scale": 17}, "scale", "Input should be less than or equal to 16"),

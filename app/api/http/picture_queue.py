@@ -28,7 +28,7 @@ from typing import Any, Generic, TypeVar
 from app.api.http.thread_priority import lower_priority
 from app.errors import FieldError, Overloaded, UnfogError
 
-NUM_WORKERS = 2  # pictures that are decoded at the same time; each of them needs up to 100 MB
+NUM_WORKERS = 2  # pictures that are decoded at the same time; each of them needs up to 100 MB, or 150 MB in colour
 FIRST_SECONDS = 2e-8  # per pixel of work, before the first step
 FIRST_WORK = 1_000_000  # weight of FIRST_SECONDS: it counts like a finished step of this work
 KEPT = 0.9  # weight of the earlier steps in the seconds per pixel

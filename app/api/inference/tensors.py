@@ -67,7 +67,7 @@ def read_inputs(body: bytes, length: str | None, largest: int, label: str) -> In
     if not names:
         raise _invalid("inputs", f"The input '{label}' is required")
     if "digit" in elements and label != "digit":
-        raise _invalid("inputs", "The classes of this model are no digits. Leave out the input 'digit'")
+        raise _invalid("inputs", "The classes of this model are not digits. Leave out the input 'digit'")
     if len(names) > 1:
         raise _invalid("inputs", "Send either the input 'label' or the input 'digit', not both")
     if len({len(each) for each in elements.values()}) > 1:

@@ -57,7 +57,6 @@ class UnfogEvents:
         self._provenance, self.image_scale, self._warning = provenance, scale, warning
 
     def accepted(self, job: Job) -> str:
-        """Returns the event `accepted`."""
         assert job.estimate, "the job was not admitted"
         eta_seconds = round(job.estimate.seconds, 3)
         seed = job.request.options.seed
@@ -65,25 +64,21 @@ class UnfogEvents:
         return event_text("accepted", accepted.model_dump())
 
     def progress(self, event: Progress) -> str:
-        """Returns the event `progress`."""
         x_t = None if event.x_t is None else _encode_all(event.x_t)
         progress = ProgressEvent(step=event.step, of=event.of, previews=_encode_all(event.previews), x_t=x_t)
         return event_text("progress", progress.model_dump(exclude_none=True))
 
     def image(self, event: ImageDone) -> str:
-        """Returns the event `image`."""
         png = encode_image(event.pixels, self.image_scale, self._provenance().text(event.index))
         return event_text("image", GeneratedImage(index=event.index, png=encode_base64(png)).model_dump())
 
     def done(self, job: Job) -> str:
-        """Returns the event `done`."""
         seed, evaluations = job.request.options.seed, job.request.network_evaluations
         timing = Timing.of(job.timings)
         done = DoneEvent(seed=seed, evaluations=evaluations, timing=timing, warning=self._warning)
         return event_text("done", done.model_dump(exclude_none=True))
 
     def error(self, error: UnfogError, request_id: str) -> str:
-        """Returns the event `error`."""
         return event_text("error", error.problem(request_id))
 
 

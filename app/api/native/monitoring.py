@@ -129,7 +129,7 @@ async def health(request: Request, service: ServiceDependency) -> JSONResponse:
     )
 )
 async def livez(request: Request, service: ServiceDependency) -> JSONResponse:
-    """Returns 200 unless the engine has failed or is stuck. Then the process must be restarted. Load has no effect.
+    """Returns 200 under any load, but 503 if the engine has failed or is stuck. The process must then be restarted.
 
     Needs no API key and does not count against the rate limit.
     """

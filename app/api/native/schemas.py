@@ -44,15 +44,17 @@ class Timing(BaseModel):
 
 Evaluations = Annotated[
     int,
-    Field(description="Number of network evaluations of each image, without the search for its digit."),
+    Field(description="Number of network evaluations of each image, without the search for its class."),
 ]
 
 
 class ImagesResponse(BaseModel):
-    """The images, and the values that are needed to reproduce them."""
+    """The images, and the options that were used."""
 
     label: str | None = Field(description="The name of the class of the images, or null if no class was assumed.")
-    digit: int | None = Field(description="The digit of the images, or null if no class was assumed or it is no digit.")
+    digit: int | None = Field(
+        description="The digit of the images, or null if no class was assumed or if the classes are not digits."
+    )
     count: int
     seed: int
     num_steps: int

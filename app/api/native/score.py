@@ -137,7 +137,7 @@ async def score(request: Request, service: ServiceDependency) -> Response:
     def check(body: ScoreRequest) -> tuple[ScoreRequest, ModelInfo]:
         timeout = service.timeout_of(body.timeout_seconds)
         _ = service.clip_info  # raises NotAvailable without a CLIP model
-        # The pictures of a refused request are not decoded. `service.score` checks again, as other requests may follow.
+        # Refuses a request before its pictures are decoded. `service.score` checks again: others can be admitted first.
         service.clip.check_admission(len(body.images), body.prompts, timeout)
         return body, service.info()
 

@@ -81,7 +81,7 @@ class GraphRunner(Runner):
     step runs no Python code for each row, except if a row is special (see `is_special`).
     """
 
-    _slots: dict[str, GraphSlots]  # type: ignore[assignment] # this runner makes its own
+    _slots: dict[str, GraphSlots]  # type: ignore[assignment] # _new_slots returns GraphSlots
 
     def __init__(
         self,
@@ -284,7 +284,7 @@ class GraphRunner(Runner):
             self._slots[name].assign(own)
 
     def _refill_noise(self, rows: StepRows) -> bool:
-        """Draws noise for the rows of each model (see NewRows.refill_noise). Returns True if one of them got some."""
+        """Draws noise for the rows of each model (see NewRows.refill_noise). Returns True if one model needed it."""
         refilled = False
         for name, new in self._new.items():
             if new.can_use_all_noise:

@@ -15,7 +15,7 @@ from app.runner.graphs.row_state import GraphSlots
 from model.spec import MNIST_SHAPE
 
 # The smallest and the largest number of noise images that are drawn together. An image with 100 steps needs 100.
-# Drawing 8,192 of 28 x 28 pixels uses 200 MB for temporary tensors. Of larger images, fewer are drawn together.
+# Drawing 8,192 images of 28 x 28 pixels uses 200 MB for temporary tensors. Larger images are drawn in smaller groups.
 FEWEST_DRAWS, MOST_DRAWS = 128, 8192
 FEWEST_ROWS, MOST_ROWS = 8, 512  # the smallest and the largest number of rows that are begun together
 # The indices of the facts about a row. SKIPPED is the number of finished steps whose noise is no longer stored.

@@ -25,7 +25,6 @@ class NoMetrics:
         return self
 
     def labels(self, *values: str) -> "NoMetrics":
-        """Returns this object."""
         return self
 
     def inc(self, amount: float = 1) -> None:

@@ -23,12 +23,10 @@ NUM_LAUNCHES = 1000
 
 
 def measure(options: Options) -> Iterator[Figure]:
-    """Yields the facts about the machine."""
     yield from measure_on(open_machine(options))
 
 
 def measure_on(machine: Machine) -> Iterator[Figure]:
-    """Yields the facts about a machine."""
     yield Figure("processor", processor())
     yield Figure("cores", f"{os.cpu_count()} of the machine, limit {granted_cores() or 'none'}")
     yield Figure("Python", platform.python_version())
@@ -45,7 +43,6 @@ def measure_on(machine: Machine) -> Iterator[Figure]:
 
 
 def gpu_facts(device: torch.device) -> Iterator[Figure]:
-    """Yields the facts about a GPU."""
     properties = torch.cuda.get_device_properties(device)
     yield Figure("GPU", properties.name)
     yield Figure("compute capability", f"{properties.major}.{properties.minor}")
@@ -126,7 +123,6 @@ def _time(machine: Machine, work: Callable[[], object]) -> float:
 
 
 def _driver() -> str:
-    """Returns the version of the NVIDIA driver."""
     if program := shutil.which("nvidia-smi"):
         query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)

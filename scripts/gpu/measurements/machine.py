@@ -180,15 +180,12 @@ class Gpu(Machine):
     kernel_type = "CUDA"
 
     def graph_device(self) -> GraphDevice:
-        """Returns a device for GraphRunner."""
         return CudaDevice(self.device)
 
     def select(self) -> None:
-        """Makes the GPU the current device of the calling thread."""
         torch.cuda.set_device(self.device.index or 0)  # set_device refuses a device without an index
 
     def synchronize(self) -> None:
-        """Waits until the GPU has done all work."""
         torch.cuda.synchronize(self.device)
 
     def event(self) -> TimedEvent:
@@ -198,19 +195,15 @@ class Gpu(Machine):
         return event
 
     def reserved_bytes(self) -> int:
-        """Returns the memory that torch has reserved."""
         return torch.cuda.memory_reserved(self.device)
 
     def free_bytes(self) -> int:
-        """Returns the free memory of the GPU."""
         return torch.cuda.mem_get_info(self.device)[0]
 
     def drop_cache(self) -> None:
-        """Frees the memory of the GPU that torch has reserved and does not use."""
         torch.cuda.empty_cache()
 
     def watch_synchronisations(self, *, on: bool) -> None:
-        """Turns the warnings of torch about operations that wait for the GPU on or off."""
         torch.cuda.set_sync_debug_mode("warn" if on else "default")
 
     def profile(self, work: Callable[[], None]) -> Profile:
@@ -219,7 +212,6 @@ class Gpu(Machine):
         return super().profile(work)
 
     def kernel_microseconds(self, average: Any) -> float:
-        """Returns the total duration of the kernels of one name in a profile."""
         return float(average.self_device_time_total)
 
 

@@ -13,7 +13,7 @@ class LockGuard:
     """Checks each use of an attribute of the shared state, the admission, the backlog and its batch.
 
     `violations` has the names of the attributes that were used without the lock. The lists and dicts of the backlog are
-    checked too, so that a reference to them is no way around the lock. Create it before the engine starts.
+    checked too, because code can keep a reference to them. Create it before the engine starts.
     """
 
     def __init__(self, engine: Engine) -> None:

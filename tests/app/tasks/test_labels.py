@@ -60,7 +60,7 @@ def test_label_and_digit_are_the_same_for_digits(label: str | int) -> None:
         (VEHICLES, {"label": "zebra"}, "label", "Unknown label 'zebra'. GET /models lists all 6 names"),
         (VEHICLES, {"label": 6}, "label", "Unknown label 6: the model 'vehicles' has the labels 0 to 5"),
         (VEHICLES, {"label": "6"}, "label", "Unknown label 6: the model 'vehicles' has the labels 0 to 5"),
-        (VEHICLES, {"digit": 4}, "digit", "The classes of model 'vehicles' are no digits. Send label"),
+        (VEHICLES, {"digit": 4}, "digit", "The classes of model 'vehicles' are not digits. Send label"),
         (VEHICLES, {"label": "cat", "digit": 1}, "label", "Send either label or digit, not both"),
         (INFO, {"label": "seven"}, "label", "Unknown label 'seven'. GET /models lists all 10 names"),
         (INFO, {"label": 7, "digit": 7}, "label", "Send either label or digit, not both"),

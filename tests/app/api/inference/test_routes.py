@@ -50,7 +50,7 @@ def test_every_class_of_a_model_with_more_than_ten_can_be_generated() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         body = body_of([11, 0], [1, 2], **STEPS)
         assert body["inputs"][0].pop("name") == "digit"
-        body["inputs"][0]["name"] = "label"  # The classes are no digits.
+        body["inputs"][0]["name"] = "label"  # The classes are not digits.
         outputs_of(await client.post(INFER, json=body))
 
     run(check, runner)

@@ -202,7 +202,7 @@ def test_prompt_names_a_class_by_the_words_of_its_name(prompt: str, name: str) -
         (" ".join(map("x{}".format, range(9000))), "The prompt names no class. Name"),
     ],
 )
-def test_prompt_that_names_not_exactly_one_class_is_refused(prompt: str, message: str) -> None:
+def test_prompt_that_does_not_name_exactly_one_class_is_refused(prompt: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         label_of_prompt(prompt, THINGS)
 
