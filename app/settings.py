@@ -88,13 +88,13 @@ def _models(value: Any) -> Any:
     models: dict[str, Path] = {}
     for part in _parts(value):
         name, _, path = part.partition("=")
-        if not path:
+        if not path.strip():
             raise ValueError(f"{part!r} has no path. Use the form NAME=PATH")
         if not _MODEL_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not a name of 1 to 64 letters, digits, dots, hyphens and underscores")
         if name in models:
             raise ValueError(f"two models have the name {name!r}")
-        models[name] = Path(path)
+        models[name] = Path(path.strip())
     return models
 
 
@@ -328,11 +328,13 @@ def load_settings(flags: Mapping[str, str] | None = None) -> Settings:
             field, ""
         )
         raise SettingsError(f"{name}{value} is invalid: {reason}{also}") from error
-    for field in settings.model_fields_set & {"checkpoint", "fast_checkpoint"}:
-        if settings.models:
-            both = [flag_of(each) if each in flags else variable_of(each) for each in ("models", field)]
-            raise SettingsError(f"{both[0]} and {both[1]} are both set. Set one of them")
-    return settings
+    checkpoints = settings.model_fields_set & {"checkpoint", "fast_checkpoint"}
+    if not (settings.models and checkpoints):
+        return settings
+    if ("models" in flags) == bool(checkpoints & flags.keys()):  # the same source
+        both = [flag_of(each) if "models" in flags else variable_of(each) for each in ("models", min(checkpoints))]
+        raise SettingsError(f"{both[0]} and {both[1]} are both set. Set one of them")
+    return settings if "models" in flags else settings.model_copy(update={"models": {}})
 
 
 def flag_of(field: str) -> str:

@@ -27,7 +27,7 @@ from model.pixels import from_pixels, to_pixels
 from model.prediction import Prediction, PredictionConfig
 from model.sampler import sample
 from model.schedule import Schedule, ScheduleConfig
-from model.spec import DIGITS, MNIST_SHAPE, MOST_STEPS, SAMPLERS, Guidance, ModelSpec, Sampler
+from model.spec import DIGITS, MAX_NAME_LENGTH, MNIST_SHAPE, MOST_STEPS, SAMPLERS, Guidance, ModelSpec, Sampler
 from model.spec import SHIPPED as SHIPPED
 from model.spec import SHIPPED_FAST as SHIPPED_FAST
 from model.training_facts import training_facts
@@ -321,6 +321,8 @@ def _check_names(names: tuple[str, ...], num_classes: int) -> None:
         raise ValueError(f"{len(names)} class names, but the network has {num_classes} classes")
     if unusable := [name for name in names if not name.strip() or not name.isprintable()]:
         raise ValueError(f"class names must be printable and not blank, but one is {unusable[0]!a}")
+    if any(len(name) > MAX_NAME_LENGTH for name in names):
+        raise ValueError(f"class names must have at most {MAX_NAME_LENGTH} characters")
     if len(set(names)) < num_classes:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"class names must differ, but {twice!a} occurs more than once")

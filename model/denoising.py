@@ -61,6 +61,8 @@ def estimate_noise_std_of_photo(pixels: Tensor) -> Tensor:
     (Donoho & Johnstone 1994): noise_std = median(|d|) / 0.6745. It is 0 for an image without noise.
     """
     x = pixels.double()  # (B, C, H, W)
+    if min(x.shape[2:]) == 1:
+        return x.new_zeros(len(x))
     height, width = (2 * (side // 2) for side in x.shape[2:])
     a, b, c, d = (x[:, :, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1))  # (B, C, H / 2, W / 2) each
     diagonal = (a - b - c + d) / 2

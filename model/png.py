@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from model.prompts import MAX_PROMPT_LENGTH, is_prompt
+from model.prompts import MAX_PROMPT_LENGTH, is_prompt, is_text
 from model.spec import MAX_CLIP_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE, MAX_NAME_LENGTH, SAMPLERS
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -34,7 +34,7 @@ MAX_STEPS = 9999
 _FORMS = {  # name of a chunk -> pattern of its value, and description for errors
     "Software": (r"unfog [0-9A-Za-z.+!-]{1,64}", "'unfog' and the version of a release"),
     "Digit": (r"[0-9](?:,[0-9]){0,9}", "a digit from 0 to 9, or different digits separated by commas"),
-    "Label": (r"[ -~]{1,2500}", f"a name of 1 to {MAX_NAME_LENGTH} characters, or names in JSON, in ASCII"),
+    "Label": (r"[ -~]{1,700000}", f"a name of 1 to {MAX_NAME_LENGTH} characters, or names in JSON, in ASCII"),
     "Seed": (r"0|[1-9][0-9]{0,15}", f"an integer from 0 to {MAX_SEED}"),
     "Index": (r"(?:0-)?[1-9][0-9]{0,5}|0", f"an integer from 0 to {MAX_INDEX}, or a range such as 0-8"),
     "Sampler": ("|".join(SAMPLERS), " or ".join(SAMPLERS)),
@@ -138,6 +138,7 @@ class Provenance:
             named: len(set(labels)) == len(labels),
             "Seed": provenance.seed <= MAX_SEED,
             "Guidance-Scale": 1 <= provenance.guidance_scale <= MAX_GUIDANCE_SCALE,
+            "Label": "Label" not in text or _labels_of(_value("Label", text)) == labels,
         }
         for name, valid in is_valid.items():
             if not valid:
@@ -180,10 +181,10 @@ def _labels_of(value: str) -> list[str]:
         return [value]
     try:
         found = json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _malformed("Label") from error
     labels = found if isinstance(found, list) else [found]
-    if not labels or not all(isinstance(name, str) and 1 <= len(name) <= MAX_NAME_LENGTH for name in labels):
+    if not labels or not all(isinstance(name, str) and is_text(name, MAX_NAME_LENGTH) for name in labels):
         raise _malformed("Label")
     return labels
 

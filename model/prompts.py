@@ -22,6 +22,9 @@ def default_prompt(class_name: str) -> str:
 
 def is_prompt(text: str) -> bool:
     """Returns True for a text of 1 to MAX_PROMPT_LENGTH characters that is not blank and can be encoded as UTF-8."""
-    return (
-        1 <= len(text) <= MAX_PROMPT_LENGTH and bool(text.strip()) and not any("\ud800" <= c <= "\udfff" for c in text)
-    )
+    return is_text(text, MAX_PROMPT_LENGTH) and bool(text.strip())
+
+
+def is_text(text: str, longest: int) -> bool:
+    """Returns True for a text of 1 to `longest` characters that can be encoded as UTF-8."""
+    return 1 <= len(text) <= longest and not any("\ud800" <= c <= "\udfff" for c in text)

@@ -23,7 +23,7 @@ from app.api.http.animations import (
     num_pixels_of,
 )
 from app.api.http.context import RequestContext, context_of
-from app.api.http.events import NO_STREAM, EventFormat, EventStream, JobEvents, Mailbox, StreamOptions
+from app.api.http.events import MAX_SMALL_PIXELS, NO_STREAM, EventFormat, EventStream, JobEvents, Mailbox, StreamOptions
 from app.api.http.media_types import ANIMATIONS, EVENTS
 from app.api.http.requests import ClientGoneError, cancel_on_disconnect
 from app.api.http.uploads import ImageReader
@@ -44,9 +44,6 @@ from model.clip import ClipNotInstalledError
 from model.png import Provenance
 
 CLIP_OFF = "CLIP is turned off (UNFOG_CLIP=off). Start the service with UNFOG_CLIP=auto"
-# Images with at most this number of pixels together, after their enlargement, are encoded in the event loop. This takes
-# 0.1 ms. A thread would add 0.2 ms, and take the interpreter's lock from the engine.
-MAX_SMALL_PIXELS = 4096
 MIN_TIMEOUT = 1e-3  # seconds that are left for the steps of a request whose prompt took almost all of its time
 T = TypeVar("T")
 P = TypeVar("P", bound=PictureFields)

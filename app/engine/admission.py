@@ -42,7 +42,6 @@ from app.engine.backlog import Backlog
 from app.engine.batch import Calls
 from app.engine.batcher import StepLimits, select_rows
 from app.engine.job import (
-    DEFAULT_MODEL,
     GUIDED_EVALUATIONS,
     LONGEST_TIMEOUT,
     RESERVE_SHARE,
@@ -60,7 +59,8 @@ log = logging.getLogger(__name__)
 # within the limits in job.py. On two cores that eight other processes used too, steps took 20 times as long. The factor
 # leaves room for this and for other requests.
 TIMEOUT_FACTOR = 60.0
-DEFAULT_KIND = StepKind((DEFAULT_MODEL,), GUIDED_EVALUATIONS, has_clip=False)  # of steps of the default model
+# Of steps of the default model, whatever its name: StepTimes has the times of the default model for unknown names.
+DEFAULT_KIND = StepKind(("",), GUIDED_EVALUATIONS, has_clip=False)
 
 # The slack is computed for steps that are slower than now by SPEED_MARGIN. It is valid until they are slower than that,
 # or until their slowdown is less than FASTER times that: a lost job (see backlog.py) may then no longer be lost.

@@ -126,7 +126,7 @@ class StepRunner(Protocol):
 
     @property
     def models(self) -> dict[str, ModelInfo]:
-        """Returns the served models by name. There is always a model with the name `default`."""
+        """Returns the served models by name. The first one is the default."""
 
     @property
     def clip(self) -> ClipEmbedder | None:

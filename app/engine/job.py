@@ -44,6 +44,7 @@ GUIDED_EVALUATIONS = 2  # a guided step evaluates the network with and without t
 # deadline if steps take a tenth longer than predicted.
 TARGET_SHARE = 0.9
 SHORTEST_TIMEOUT, LONGEST_TIMEOUT = 30.0, 600.0  # limits of the default timeout, in seconds (see admission.py)
+MOST_SMALL_CLASSES = 100  # the largest number of classes that a small job compares
 RESERVE_SHARE = 0.1  # share of the time of all steps that is kept for small jobs (see reserve.py)
 
 
@@ -392,7 +393,9 @@ class Job:
         self.estimate: Estimate | None = None  # set by admission
         self.place = -1  # place in the table of the backlog; -1 if the job is not in the backlog
         self.number = 0  # position in the order of admission, from 1; set by the backlog
-        self.is_small = request.count == 1  # one image, or a recognition
+        # One image, or a recognition. A comparison of very many classes takes as long as many images.
+        compared = request.comparison or (request.search and request.search.comparison)
+        self.is_small = request.count == 1 and (not compared or compared.num_classes <= MOST_SMALL_CLASSES)
         self.is_reserved = False  # True if it was admitted as a reserved job (see reserve.py); set by the backlog
         self.future: Future[list[Result]] = Future()
         self.future.set_running_or_notify_cancel()  # Only the engine may complete this future.

@@ -56,6 +56,11 @@ def check_model(info: ModelInfo, fields: FittingFields) -> None:
     """Raises FieldError if the model supports only generation, or does not support the value of `fit`."""
     if not has_picture_tasks(info):
         raise FieldError("model", f"The model '{info.name}' supports only /generate")
+    check_fit(info, fields)
+
+
+def check_fit(info: ModelInfo, fields: FittingFields) -> None:
+    """Raises FieldError if the model does not support this way to prepare a picture."""
     if fields.fit == "digit" and not info.normalises_drawings:
         raise FieldError("fit", f"Input should be 'auto' or 'resize' for model '{info.name}'")
 

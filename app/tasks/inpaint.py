@@ -95,6 +95,7 @@ class MaskedPicture:
         if (factor := enlargement_of(info, picture)) > 1:  # Each pixel of the image is a block of equal pixels.
             picture, mask = picture[::factor, ::factor], _any_in_blocks(mask, factor)
             self.redrawn = mask[None]
+        self._check(info)
         return prepare(info, _without(mask, picture), "resize", fields.invert)
 
     def _set_mask(self, info: ModelInfo, mask: npt.NDArray[np.bool_]) -> None:
@@ -106,6 +107,11 @@ class MaskedPicture:
             reason = f"The mask is {marked} everywhere. Use {self._complete} for a complete image"
             raise FieldError("mask", reason)
         self.redrawn = resize_mask(info, mask)
+        self._packed, self._shape = np.packbits(mask), (mask.shape[0], mask.shape[1])
+
+    def _check(self, info: ModelInfo) -> None:
+        """Raises FieldError if no pixel of the image is to be filled in, or none is to be kept."""
+        marked = self._marked
         size = "x".join(map(str, info.image_shape[1:]))
         if self.redrawn.all():
             reason = f"The {marked} pixels of the mask cover every pixel of the image of {size} pixels"
@@ -113,7 +119,6 @@ class MaskedPicture:
         if not self.redrawn.any():
             reason = f"The {marked} pixels of the mask are outside of the central square of the picture"
             raise FieldError("mask", f"{reason}, which becomes the image of {size} pixels")
-        self._packed, self._shape = np.packbits(mask), (mask.shape[0], mask.shape[1])
 
 
 def inpaint(info: ModelInfo, fields: InpaintFields, image: "PreparedImage", redrawn: Mask) -> Task:

@@ -1,5 +1,6 @@
 """Classes as requests name them: by `label`, a name or a number, or by `digit` if the classes are the digits."""
 
+import unicodedata
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidatorFunctionWrapHandler, WithJsonSchema, WrapValidator
@@ -8,6 +9,7 @@ from app.engine.interface import ModelInfo
 from app.errors import FieldError
 from app.tasks.fields import NOT_NULL, WHOLE, may_be_absent
 from app.tasks.names import nearest
+from model.prompts import is_text
 from model.spec import MAX_NAME_LENGTH
 
 MAX_DIGIT = 9
@@ -22,7 +24,7 @@ def _name_or_number(value: Any, handler: ValidatorFunctionWrapHandler) -> str | 
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    if is_number or (isinstance(value, str) and 1 <= len(value) <= MAX_NAME_LENGTH):
+    if is_number or (isinstance(value, str) and is_text(value, MAX_NAME_LENGTH)):
         return value
     raise ValueError("Input should be the name or the number of a class")
 
@@ -87,14 +89,19 @@ def number_of(info: ModelInfo, label: str | int) -> int:
     if isinstance(label, str):
         if label in names:
             return names.index(label)
-        lowered = [name.lower() for name in names]
-        if label.lower() in lowered:
-            return lowered.index(label.lower())
+        folded = [folded_name(name) for name in names]
+        if folded_name(label) in folded:
+            return folded.index(folded_name(label))
         if label.isascii() and label.isdecimal():
             label = int(label)
     if isinstance(label, int) and label < len(names):
         return label
     raise FieldError("label", unknown_label(info, label))
+
+
+def folded_name(text: str) -> str:
+    """Returns a name without regard to case, and to the way in which Unicode composes its characters."""
+    return unicodedata.normalize("NFC", text.lower())
 
 
 def unknown_label(info: ModelInfo, label: str | int) -> str:

@@ -3,14 +3,15 @@
 import difflib
 from collections.abc import Iterable
 
-MAX_LENGTH = 64  # in characters; the time of a comparison grows with the square of the length
+MAX_LENGTH = 32  # in characters; the time of a comparison grows with the square of the length
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Returns the most similar known name, or None if none is similar. The known names must be in lower case."""
     if len(name) > MAX_LENGTH:
         return None
-    return next(iter(difflib.get_close_matches(name.lower(), list(known), n=1)), None)
+    short = [each for each in known if len(each) <= MAX_LENGTH]
+    return next(iter(difflib.get_close_matches(name.lower(), short, n=1)), None)
 
 
 def either(values: Iterable[str]) -> str:

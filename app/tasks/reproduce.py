@@ -126,6 +126,8 @@ def _task_of(provenance: Provenance, info: ModelInfo, indices: range, timeout: f
             **clip,
         )
         label = required_label_of(info, fields)
+        if info.class_names[label] != name:  # A request can name a class by its number, but a picture has the name.
+            raise FieldError("label", f"Input should be a name of a class of the model '{info.name}'")
         task = generate(info, fields, [ImageKey(label, seed, i) for i in indices] if len(indices) == 1 else ())
     except ValidationError as error:
         _, (field, *_), message = problems_of(error)[0]

@@ -173,11 +173,23 @@ def test_models_are_served_in_their_order(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("field", ["checkpoint", "fast_checkpoint"])
-def test_models_and_a_checkpoint_are_not_set_together(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_and_a_checkpoint_of_the_same_source_are_refused(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        SettingsError, match=f"^--models and --{field.replace('_', '-')} are both set. Set one of them$"
+    ):
+        load_settings({"models": "a=b", field: "c.safetensors"})
     monkeypatch.setenv("UNFOG_MODELS", "a=b")
-    flag = field.replace("_", "-")
-    with pytest.raises(SettingsError, match=f"^UNFOG_MODELS and --{flag} are both set. Set one of them$"):
-        load_settings({field: "c.safetensors"})
+    monkeypatch.setenv(f"UNFOG_{field.upper()}", "c.safetensors")
+    with pytest.raises(SettingsError, match=f"^UNFOG_MODELS and UNFOG_{field.upper()} are both set. Set one of them$"):
+        load_settings()
+
+
+def test_flag_overrides_the_variables_of_the_other_way_to_name_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNFOG_MODELS", "a=b")
+    assert load_settings({"checkpoint": "c.safetensors"}).model_paths == {"default": Path("c.safetensors")}
+    monkeypatch.delenv("UNFOG_MODELS")
+    monkeypatch.setenv("UNFOG_CHECKPOINT", "c.safetensors")
+    assert load_settings({"models": "a= b"}).model_paths == {"a": Path("b")}
 
 
 INVALID = {

@@ -496,6 +496,7 @@ def set_num_classes(metadata: dict[str, Any], num_classes: int) -> None:
         (lambda m: m.update(samplers=["euler"]), "samplers[0] must be one of ddpm, ddim, dpmpp"),
         (lambda m: m.update(class_names=["a"] * 9), "9 class names, but the network has 10 classes"),
         (lambda m: m.update(class_names=[*"abcdefghi", "a"]), "class names must differ, but 'a' occurs more than once"),
+        (lambda m: m.update(class_names=["a" * 101, *"bcdefghij"]), "a string of at most 100 characters"),
         (lambda m: m.update(normalisation="imagenet"), "normalisation must be one of auto, mnist, none"),
         (lambda m: m.update(normalisation="mnist"), "normalisation can be mnist only for grey images of 28x28 pixels"),
         (lambda m: m["schedule"].update(num_steps=50), "the schedule has 50 steps, but the network has 100"),

@@ -142,7 +142,8 @@ def num_pixels_of(image_shape: tuple[int, int, int], count: int, scale: int, num
     num_pixels = rows * height * columns * width * scale**2
     if num_pixels > MAX_FRAME_PIXELS:
         message = f"The frames would have {num_pixels:,} pixels each, more than {MAX_FRAME_PIXELS:,}"
-        raise InvalidRequest.of("scale", f"{message}. Reduce scale or count")
+        field, what = ("scale", "scale or count") if scale > 1 else ("count", "count")
+        raise InvalidRequest.of(field, f"{message}. Reduce {what}")
     if num_frames * num_pixels > MAX_PIXELS:
         message = (
             f"The {num_frames} frames would have {num_frames * num_pixels:,} pixels together, more than "

@@ -40,7 +40,19 @@ from app.api.inference.tensors import (
     read_inputs,
     write_outputs,
 )
-from app.api.operations import BINARY, REF, STATUS, Offer, Operation, Router, Schema, body_of, default_of, unavailable
+from app.api.operations import (
+    BINARY,
+    REF,
+    STATUS,
+    Offer,
+    Operation,
+    Router,
+    Schema,
+    body_of,
+    change_examples,
+    default_of,
+    unavailable,
+)
 from app.api.service import Service, ServiceDependency, encoded
 from app.engine.interface import ModelInfo
 from app.engine.job import ImageKey, Job, Pixels
@@ -207,7 +219,19 @@ def _complete(operation: Schema, offer: Offer) -> dict[str, Schema]:
     tensor, timeout = schemas["InputTensor"]["properties"], schemas["InferenceParameters"]["properties"]
     tensor["shape"]["items"]["maximum"] = tensor["data"]["maxItems"] = offer.settings.largest_request
     timeout["timeout_seconds"]["maximum"] = offer.settings.longest_timeout
+    default = next(iter(offer.models.values()), None)
+    if default and not default.has_digits:
+        change_examples(operation, _with_labels)
     return schemas | _naming_models(operation, offer)
+
+
+def _with_labels(body: Schema) -> Schema:
+    """Returns the body of an example for a model whose classes are not digits."""
+    inputs = [
+        {**each, "name": "label", "data": [0] * len(each["data"])} if each["name"] == "digit" else each
+        for each in body["inputs"]
+    ]
+    return {**body, "inputs": inputs}
 
 
 REQUESTS: dict[str, tuple[str, Schema]] = {

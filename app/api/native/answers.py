@@ -22,7 +22,7 @@ class ImagesFormat:
 
     def events(self, task: Task, provenance: Callable[[], Provenance]) -> UnfogEvents:
         """Returns the format of the events of a stream."""
-        return UnfogEvents(provenance, task.scale, task.facts.get("warning"))
+        return UnfogEvents(provenance, task)
 
     def encode(self, media_type: str, task: Task, job: Job, images: list[Pixels], provenance: Provenance) -> bytes:
         """Returns the body of the answer of a finished job: JSON, a PNG file or a ZIP archive."""

@@ -10,6 +10,7 @@ from app.engine.job import ImageDone, Job, Pixels, Progress
 from app.errors import UnfogError
 from app.tasks.fields import may_be_absent
 from app.tasks.images import encode_base64, encode_image
+from app.tasks.task import Task
 from model.png import Provenance
 
 
@@ -38,6 +39,16 @@ class ProgressEvent(BaseModel):
 class DoneEvent(BaseModel):
     """The last event of a stream, after all images."""
 
+    label: str | None = Field(
+        default=None,
+        description="The name of the class of the images. Absent if no class was assumed.",
+        json_schema_extra=may_be_absent,
+    )
+    digit: int | None = Field(
+        default=None,
+        description="The digit of the images. Absent if no class was assumed or it is no digit.",
+        json_schema_extra=may_be_absent,
+    )
     seed: int
     evaluations: Evaluations
     timing: Timing
@@ -53,8 +64,8 @@ class UnfogEvents:
 
     preview_scale = 1
 
-    def __init__(self, provenance: Callable[[], Provenance], scale: int, warning: str | None = None) -> None:
-        self._provenance, self.image_scale, self._warning = provenance, scale, warning
+    def __init__(self, provenance: Callable[[], Provenance], task: Task) -> None:
+        self._provenance, self._task, self.image_scale = provenance, task, task.scale
 
     def accepted(self, job: Job) -> str:
         assert job.estimate, "the job was not admitted"
@@ -75,7 +86,8 @@ class UnfogEvents:
     def done(self, job: Job) -> str:
         seed, evaluations = job.request.options.seed, job.request.network_evaluations
         timing = Timing.of(job.timings)
-        done = DoneEvent(seed=seed, evaluations=evaluations, timing=timing, warning=self._warning)
+        warning, facts = self._task.facts.get("warning"), self._task.class_facts(job.label)
+        done = DoneEvent(seed=seed, evaluations=evaluations, timing=timing, warning=warning, **facts)
         return event_text("done", done.model_dump(exclude_none=True))
 
     def error(self, error: UnfogError, request_id: str) -> str:

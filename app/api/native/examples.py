@@ -42,6 +42,6 @@ def stream_of(answer: dict[str, Any], step: int, of: int, eta_seconds: float = 0
         ("accepted", {"job": 12, "seed": seed, "position": 0, "eta_seconds": eta_seconds}),
         ("progress", {"step": step, "of": of, "previews": [PREVIEW]}),
         ("image", answer["images"][0]),
-        ("done", {"seed": seed, "evaluations": answer["evaluations"], "timing": answer["timing"]}),
+        ("done", {name: answer[name] for name in ("label", "digit", "seed", "evaluations", "timing")}),
     )
     return "".join(event_text(name, data) for name, data in events)

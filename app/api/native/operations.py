@@ -19,6 +19,7 @@ from app.api.operations import (
     Schema,
     Stream,
     body_of,
+    change_examples,
     default_of,
     form_schema,
 )
@@ -106,8 +107,21 @@ def picture_operation(  # noqa: PLR0913 # most are optional
 
 def _picture_schemas(request: type[BaseModel], operation: Schema, offer: Offer) -> dict[str, Schema]:
     models = {name: each for name, each in offer.models.items() if has_picture_tasks(each)}
-    schema = request_schema(request, Offer(offer.settings, models))
+    schema = request_schema(request, Offer(offer.settings, models or offer.models))
+    if models and next(iter(models)) != offer.names[0] and "model" in schema["properties"]:
+        schema["required"] = [*schema.get("required", ()), "model"]  # The default model supports only /generate.
+    for spec in list(models.values())[:1]:
+        change_examples(operation, partial(_with_class, spec, is_required="noise_std" in schema["properties"]))
     return {request.__name__: schema, f"{request.__name__}Form": form_schema(schema)}
+
+
+def _with_class(spec: ModelSpec, body: Schema, *, is_required: bool) -> Schema:
+    """Returns the body of an example for a model. `is_required` is True if a model without guidance needs a class."""
+    needs_class = "digit" in body or (is_required and not spec.guidable)
+    if spec.has_digits:
+        return {"digit": 7, **body} if needs_class and spec.num_classes > MAX_DIGIT else body
+    others = {name: value for name, value in body.items() if name != "digit"}
+    return {**others, "label": spec.class_names[0]} if needs_class else others
 
 
 def request_schema(request: type[BaseModel], offer: Offer) -> Schema:
@@ -141,12 +155,15 @@ def _condition(model: str, spec: ModelSpec, names: Collection[str], default: str
     if not spec.guidable:
         fields["guidance_scale"] = {"const": 1}
     fields = {name: values for name, values in fields.items() if name in names}
-    if not fields:
+    then: Schema = {"properties": fields} if fields else {}
+    if "noise_std" in names and not spec.guidable:  # The network was trained without a null label.
+        then["anyOf"] = [{"required": ["label"]}, {"required": ["digit"]}]
+    if not then:
         return None
     named: Schema = {"properties": {"model": {"const": model}}}
     if model != default:  # A request without `model` uses the default model.
         named["required"] = ["model"]
-    return {"if": named, "then": {"properties": fields}}
+    return {"if": named, "then": then}
 
 
 def _class_fields(spec: ModelSpec) -> Schema:

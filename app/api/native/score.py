@@ -26,6 +26,7 @@ from app.engine.interface import ModelInfo
 from app.engine.job import Pixels
 from app.tasks.clip_warnings import score_warning
 from app.tasks.fields import AppliedFit
+from app.tasks.from_image import check_fit
 from app.tasks.score import MAX_IMAGES, ScoreFields, SeveralPictures
 from model.prepared_image import PreparedImage
 
@@ -139,7 +140,9 @@ async def score(request: Request, service: ServiceDependency) -> Response:
         _ = service.clip_info  # raises NotAvailable without a CLIP model
         # Refuses a request before its pictures are decoded. `service.score` checks again: others can be admitted first.
         service.clip.check_admission(len(body.images), body.prompts, timeout)
-        return body, service.info()
+        info = service.info()
+        check_fit(info, body)
+        return body, info
 
     (body, _), pictures = await service.pictures.read(
         request, ScoreRequest, {"images": SeveralPictures().read}, check=check

@@ -28,13 +28,14 @@ from app.api.operations import (
     Schema,
     Stream,
     body_of,
+    change_examples,
     default_of,
     form_schema,
 )
 from app.errors import BodyTooLarge, InvalidImage, InvalidRequest
 from app.tasks.from_image import has_picture_tasks
 from app.tasks.picture_files import damaged
-from model.png import MAX_SCALE
+from app.tasks.sampling import max_scale_of
 
 GROUP = "OpenAI"
 _INVALID = "invalid_request: `param` names a field that is missing, unknown, invalid or not permitted by the model"
@@ -113,6 +114,10 @@ def _schemas(request: type[ImagesRequest], operation: Schema, offer: Offer) -> d
     models = [name for name, each in offer.models.items() if has_picture_tasks(each) or not has_form]
     schema = _request_schema(request, offer, models or offer.names)
     schemas = {request.__name__: _permitting_null(schema)}
+    default = next((offer.models[name] for name in models), None)
+    if default and not default.has_digits:
+        prompt = {"prompt": default.class_names[0]}
+        change_examples(operation, lambda body: {**{n: v for n, v in body.items() if n != "size"}, **prompt})
     if has_form:
         schemas[f"{request.__name__}Form"] = form_schema(schema)
     return schemas
@@ -121,15 +126,31 @@ def _schemas(request: type[ImagesRequest], operation: Schema, offer: Offer) -> d
 def _request_schema(request: type[ImagesRequest], offer: Offer, models: list[str]) -> Schema:
     """Returns the schema of a request without null, with the limits of the settings and of the models."""
     schema = request.model_json_schema(ref_template=REF)
-    # All models have images of the same size.
-    side = next((each.image_shape[1] for each in offer.models.values()), _SIDE)
-    fields = schema["properties"]
+    fields, sides = schema["properties"], {name: each.image_shape[1] for name, each in offer.models.items()}
     for name in UNSUPPORTED:
         fields.pop(name, None)
     fields["n"]["maximum"] = min(MAX_IMAGES, offer.settings.largest_request)
-    fields["size"]["enum"] = [AUTO, *(size_name(side, scale) for scale in range(1, MAX_SCALE + 1))]
+    sizes = {name: _sizes(side) for name, side in sides.items() if name in models} or {"": _sizes(_SIDE)}
+    fields["size"]["enum"] = list(dict.fromkeys(size for each in sizes.values() for size in each))
     fields["model"]["anyOf"] = [{"enum": models}, {"pattern": f"^({'|'.join(OPENAI_MODELS)})"}]
-    return schema
+    if len(set(sides.values())) < 2:
+        return schema
+    default, *others = models
+    conditions = [
+        {
+            "if": {"properties": {"model": {"const": name}}, "required": ["model"]},
+            "then": {"properties": {"size": {"enum": sizes[name]}}},
+        }
+        for name in others
+    ]
+    named = {"properties": {"model": {"enum": others}}, "required": ["model"]}
+    own = {"if": {"not": named}, "then": {"properties": {"size": {"enum": sizes[default]}}}}
+    return {**schema, "allOf": [*schema.get("allOf", []), own, *conditions]}
+
+
+def _sizes(side: int) -> list[str]:
+    """Returns the sizes that a request can have for images of this number of pixels per side."""
+    return [AUTO, *(size_name(side, scale) for scale in range(1, max_scale_of(side) + 1))]
 
 
 def _permitting_null(schema: Schema) -> Schema:

@@ -1,7 +1,8 @@
 """Finds the class that a prompt names.
 
 A prompt names a class if it contains the words of its name, in any case and next to each other. A name within a longer
-one does not count: "a fire truck" names the class `fire truck` and not the class `truck`.
+one does not count: "a fire truck" names the class `fire truck` and not the class `truck`. Of names with the same words,
+such as `C++` and `C#`, those are named that the prompt contains exactly. So is a name that has only symbols.
 
 For a model of digits, figures and English words name the digits. These words are numbers: the English names below, in
 any case, and every word with a decimal digit. A prompt names the digit d if it contains d, as a figure or as a name,
@@ -12,8 +13,11 @@ A word is a maximal run of letters and digits. Everything else separates words.
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 
 from app.engine.interface import ModelInfo
+from app.tasks.labels import folded_name
 from app.tasks.names import nearest
 from model.prompts import DIGIT_WORDS
 from model.spec import ModelSpec
@@ -67,28 +71,58 @@ def description_of(spec: ModelSpec, label: int) -> str:
 
 
 def _class_of(prompt: str, info: ModelInfo) -> int:
-    words, by_first = _words(prompt), dict[str, list[tuple[list[str], int]]]()
-    for label, name in enumerate(map(_words, info.class_names)):
-        if name:
-            by_first.setdefault(name[0], []).append((name, label))
-    labels, place = set[int](), 0
-    while place < len(words):
-        starting = by_first.get(words[place], [])
-        found = [(name, label) for name, label in starting if words[place : place + len(name)] == name]
-        longest, label = max(found, key=lambda each: len(each[0]), default=([""], -1))
-        if found:
-            labels.add(label)
-        place += len(longest)
+    names = info.class_names
+    labels = {names.index(prompt)} if prompt in names else _named_classes(prompt, names)
     if len(labels) == 1:
         return labels.pop()
     what_to_do = f"Name exactly one class of the model '{info.name}'. GET /models lists all {info.num_classes} names"
     if labels:
-        named = _listed(info.class_names[label] for label in sorted(labels))
-        raise ValueError(f"The prompt names several classes: {named}. {what_to_do}")
-    known = {name.lower(): name for name in info.class_names}
-    near = next(filter(None, (nearest(word, known) for word in words[:MAX_COMPARED])), None)
+        raise ValueError(
+            f"The prompt names several classes: {_listed(names[label] for label in sorted(labels))}. {what_to_do}"
+        )
+    known = {name.lower(): name for name in names}
+    near = next(filter(None, (nearest(word, known) for word in _words(prompt)[:MAX_COMPARED])), None)
     hint = f" Did you mean '{known[near]}'?" if near else ""
     raise ValueError(f"The prompt names no class.{hint} {what_to_do}")
+
+
+def _named_classes(prompt: str, names: tuple[str, ...]) -> set[int]:
+    """Returns the classes that a prompt names. The time is proportional to its number of words."""
+    index, words, place = _Index.of(names), _words_of_name(prompt), 0
+    found = {label for label in index.without_words if names[label] in prompt}
+    while place < len(words):
+        parts = (tuple(words[place : place + length]) for length in index.lengths.get(words[place], ()))
+        name = next((part for part in parts if part in index.labels), words[place : place + 1])
+        alike = index.labels.get(tuple(name), [])  # several if the names differ only in case or symbols, as C++ and C#
+        found.update([label for label in alike if names[label] in prompt] if len(alike) > 1 else alike)
+        found.update(alike if alike and found.isdisjoint(alike) else ())
+        place += len(name)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """The words of the names of the classes of a model."""
+
+    labels: dict[tuple[str, ...], list[int]]  # the words of a name -> the classes with these words
+    lengths: dict[str, list[int]]  # the first word of a name -> the numbers of words of such names, the largest first
+    without_words: list[int]  # the classes whose names have only symbols
+
+    @classmethod
+    @lru_cache(maxsize=64)  # for each served model
+    def of(cls, names: tuple[str, ...]) -> "_Index":
+        labels, lengths, without_words = dict[tuple[str, ...], list[int]](), dict[str, set[int]](), list[int]()
+        for label, words in enumerate(map(tuple, map(_words_of_name, names))):
+            if words:
+                labels.setdefault(words, []).append(label)
+                lengths.setdefault(words[0], set()).add(len(words))
+            else:
+                without_words.append(label)
+        return cls(labels, {first: sorted(own, reverse=True) for first, own in lengths.items()}, without_words)
+
+
+def _words_of_name(text: str) -> list[str]:
+    return _words(folded_name(text))
 
 
 def _words(text: str) -> list[str]:

@@ -37,9 +37,11 @@ from model.step import Rows, Stepped
 T = TypeVar("T")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # the numbers of rows for which warm-up measures the step time
 MOST_ROWS = BATCHES[-1]  # the largest number of rows for which graphs are captured before they are needed
-# The initial number of slots of a model is large, because all graphs are captured again when it grows. It is limited by
-# the memory for the noise of their steps, which for T = 100 and images of 28 x 28 pixels is 650 MB.
-FIRST_SLOTS, MOST_NOISE_BYTES = 2047, 1 << 30
+# The initial number of slots of a model is large, because all graphs are captured again when it grows.
+FIRST_SLOTS = 2047
+# A slot has the noise of all steps, unless this takes more memory for all first slots together. Then the noise of the
+# next steps is drawn when it is needed. For T = 100 and images of 28 x 28 pixels, the noise takes 650 MB.
+MOST_NOISE_BYTES = 1 << 30
 # The initial size of the table of plans, for each model. It is large for the same reason. With T = 100, all plans of a
 # model have 515,100 rows, because /edit and /denoise can start at any timestep. The table then has 15 MB.
 PLAN_ROWS = 1 << 19
@@ -94,7 +96,7 @@ class GraphRunner(Runner):
         most_rows: int = MOST_ROWS,
         fixed_rows: int | None = None,
     ) -> None:
-        """`num_slots` limits the first slots of a model. `most_rows` limits the graphs that are captured in advance.
+        """`num_slots` is the first number of slots of a model. `most_rows` limits the graphs that are captured early.
 
         With `fixed_rows`, each call is padded to this number of rows, or to the number of classes if that is larger.
         The kernels are then the same in each call, and those of cuDNN are deterministic, so that a row has the same
@@ -102,10 +104,13 @@ class GraphRunner(Runner):
         split into several calls.
         """
         self._gpu, self._num_slots = device, num_slots
+        self._fixed_rows, self._most_rows = fixed_rows, fixed_rows or most_rows
         # A row that compares the classes can need a row for each class.
-        most_classes = max(loaded.network.config.num_classes for loaded in models.values())
-        self._fixed = fixed(max(fixed_rows, most_classes)) if fixed_rows else None
-        self._most_rows = self._fixed.rows if self._fixed else most_rows
+        self._fixed = {
+            name: fixed(max(fixed_rows, loaded.network.config.num_classes))
+            for name, loaded in models.items()
+            if fixed_rows
+        }
         if self._fixed:  # Some algorithms of cuDNN add numbers in another order in each run, even for the same shape.
             torch.backends.cudnn.deterministic = True  # for the whole process
         super().__init__(models, device.device, dtype, clip=clip)
@@ -129,10 +134,9 @@ class GraphRunner(Runner):
         return Plans(self.device, PLAN_ROWS * len(self.models))
 
     def _new_slots(self, info: ModelInfo) -> GraphSlots:
-        noise_steps = max(info.steps, default=info.max_steps)
-        fitting = MOST_NOISE_BYTES // (torch.float32.itemsize * (1 + noise_steps) * math.prod(info.image_shape))
-        count = min(self._num_slots, max(1, fitting))
-        return GraphSlots(count, info.image_shape, self._gpu, 1 + info.num_classes, noise_steps)
+        fitting = MOST_NOISE_BYTES // (torch.float32.itemsize * self._num_slots * math.prod(info.image_shape))
+        noise_steps = max(1, min(max(info.steps, default=info.max_steps), fitting - 1))
+        return GraphSlots(self._num_slots, info.image_shape, self._gpu, 1 + info.num_classes, noise_steps)
 
     def _current_versions(self) -> tuple[int, ...]:
         return len(self._plans.table), *(slots.version for slots in self._slots.values())
@@ -200,7 +204,7 @@ class GraphRunner(Runner):
             for new in self._new.values():
                 new.capture()
         if self._fixed:
-            first = [(name, self._fixed) for name in self.models]
+            first = list(self._fixed.items())
             others: list[tuple[str, Shape]] = []
         else:
             # A compiled step is compiled here, for each model. Otherwise a request could wait for a compilation.
@@ -215,15 +219,17 @@ class GraphRunner(Runner):
                 self.idle()
         times = super().warm_up(should_stop)
         if self._fixed:  # all steps take the same time
-            sizes, rows = (self._fixed.rows, self._fixed.evaluations), self._fixed.rows
-            of_models = {name: dict.fromkeys(sizes, times.of(name).seconds(rows)) for name in self.models}
+            of_models = {
+                name: dict.fromkeys((shape.rows, shape.evaluations), times.of(name).seconds(self._most_rows))
+                for name, shape in self._fixed.items()
+            }
             return StepTimes(of_models[self.default_model], times.clip_seconds, of_models)
         return times
 
     @property
     def max_rows(self) -> int | None:
         """Returns the number of rows to which each step is padded, or None."""
-        return self._fixed.rows if self._fixed else None
+        return self._fixed_rows
 
     @property
     def steps_ahead(self) -> int:
@@ -251,8 +257,8 @@ class GraphRunner(Runner):
     @property
     def batches(self) -> tuple[int, ...]:
         """Returns the numbers of rows for which warm-up measures the step time."""
-        if self._fixed:
-            return (self._fixed.rows,)
+        if self._fixed_rows:
+            return (self._fixed_rows,)
         return tuple(rows for rows in BATCHES if rows <= self._most_rows)
 
     def _wait_for_device(self) -> None:
@@ -300,7 +306,7 @@ class GraphRunner(Runner):
         else:
             call = self._plain_call(rows)
             shape = self._graph_for(call)
-            key, is_exact = (call.model.info.name, shape), shape in (call.shape, self._fixed)
+            key, is_exact = (call.model.info.name, shape), shape in (call.shape, self._fixed.get(call.model.info.name))
             inputs, increments = call.inputs(shape), call.increments(shape)
             plain = self._plain = PlainStep(rows.sizes, first_step, key, inputs, increments, is_exact)
         return plain.key, plain.inputs
@@ -351,13 +357,14 @@ class GraphRunner(Runner):
 
     def _split(self, trajectories: list[Trajectory]) -> list[list[Trajectory]]:
         """Splits the rows of one model into calls that fit into the graph of the fixed shape."""
-        if not self._fixed:
+        shape = self._fixed.get(trajectories[0].options.model)
+        if not shape:
             return [trajectories]
         parts, rows, further = [list[Trajectory]()], 0, 0
         for trajectory in trajectories:
             num_rows = num_rows_of(trajectory)
             num_further = trajectory.network_evaluations - num_rows
-            if rows + num_rows > self._fixed.rows or further + num_further > self._fixed.further:
+            if rows + num_rows > shape.rows or further + num_further > shape.further:
                 parts, rows, further = [*parts, []], 0, 0
             parts[-1].append(trajectory)
             rows, further = rows + num_rows, further + num_further
@@ -376,10 +383,10 @@ class GraphRunner(Runner):
         if larger ones were used MOST_LARGER_STEPS times.
         """
         name, exact = call.model.info.name, call.shape
-        if self._fixed:
-            if not self._fixed.holds(exact._replace(rows=call.num_rows, further=call.num_further)):
-                raise ValueError(f"a step of {call.num_rows} rows exceeds the fixed number of {self._fixed.rows}")
-            exact = self._fixed
+        if shape := self._fixed.get(name):
+            if not shape.holds(exact._replace(rows=call.num_rows, further=call.num_further)):
+                raise ValueError(f"a step of {call.num_rows} rows exceeds the fixed number of {shape.rows}")
+            exact = shape
         if (name, exact) in self._steps:
             return exact
         if (name, exact) not in self._larger:

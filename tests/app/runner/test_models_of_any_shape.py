@@ -127,9 +127,23 @@ def test_row_of_one_model_that_fails_leaves_those_of_the_other_unchanged(
     assert finish(runner, rows) == expected
 
 
-def test_memory_for_noise_limits_the_slots_of_a_model(
+def test_noise_of_large_images_is_drawn_in_parts(
     loaded: Checkpoint, colours: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.runner.graphs.graph_runner.MOST_NOISE_BYTES", 4 * 101 * 8 * 8 * 10)  # 10 grey slots
-    slots = on_graphs({"default": loaded, "colours": colours})._slots
-    assert {name: len(each.state.seed) - 1 for name, each in slots.items()} == {"default": 10, "colours": 1}
+    models = {"default": loaded, "colours": colours}
+    expected = [
+        finish(on_cpu({name: copy.deepcopy(each)}), rows_for(on_cpu({name: each}).models[name]))
+        for name, each in models.items()
+    ]
+    monkeypatch.setattr("app.runner.graphs.graph_runner.MOST_NOISE_BYTES", 4 * 16 * 8 * 8 * 6)  # of 5 steps, if grey
+    runner = on_graphs(copy.deepcopy(models))
+    assert {name: slots.noise_steps for name, slots in runner._slots.items()} == {"default": 5, "colours": 1}
+    rows = [row for info in runner.models.values() for row in rows_for(info)]
+    assert finish(runner, rows) == [outcome for outcomes in expected for outcome in outcomes]
+
+
+def test_fixed_number_of_rows_depends_only_on_the_own_model(loaded: Checkpoint, colours: Checkpoint) -> None:
+    models = {"default": loaded, "colours": colours}
+    runner = GraphRunner(models, LateDevice(), torch.float32, num_slots=16, fixed_rows=12)
+    assert {name: shape.rows for name, shape in runner._fixed.items()} == {"default": 12, "colours": 20}
+    assert runner.max_rows == 12

@@ -11,7 +11,7 @@ from app.tasks.fields import problems_of
 from app.tasks.labels import LabelFields, label_of, required_label_of
 from tests.app.fakes import INFO
 
-NAMES = ("cat", "dog", "truck", "Fire Truck", "7", "CAT")
+NAMES = ("cat", "dog", "truck", "Fire Truck", "7", "CAT", "caf\xe9")
 VEHICLES = replace(INFO, name="vehicles", class_names=NAMES)
 FIVE_DIGITS = replace(INFO, class_names=tuple("01234"))
 
@@ -28,6 +28,7 @@ def found(info: Any = VEHICLES, **fields: Any) -> int | None:
         ("fire truck", 3),
         ("CAT", 5),  # An exact name has priority over one that differs in case.
         ("Cat", 0),
+        ("CAFE\u0301", 6),  # another way to write the same characters
         ("7", 4),  # A text is first of all a name.
         ("0", 0),
         ("3", 3),
@@ -55,11 +56,11 @@ def test_label_and_digit_are_the_same_for_digits(label: str | int) -> None:
             VEHICLES,
             {"label": "trukc"},
             "label",
-            "Unknown label 'trukc'. Did you mean 'truck'? GET /models lists all 6 names",
+            "Unknown label 'trukc'. Did you mean 'truck'? GET /models lists all 7 names",
         ),
-        (VEHICLES, {"label": "zebra"}, "label", "Unknown label 'zebra'. GET /models lists all 6 names"),
-        (VEHICLES, {"label": 6}, "label", "Unknown label 6: the model 'vehicles' has the labels 0 to 5"),
-        (VEHICLES, {"label": "6"}, "label", "Unknown label 6: the model 'vehicles' has the labels 0 to 5"),
+        (VEHICLES, {"label": "zebra"}, "label", "Unknown label 'zebra'. GET /models lists all 7 names"),
+        (VEHICLES, {"label": 7}, "label", "Unknown label 7: the model 'vehicles' has the labels 0 to 6"),
+        (VEHICLES, {"label": "8"}, "label", "Unknown label 8: the model 'vehicles' has the labels 0 to 6"),
         (VEHICLES, {"digit": 4}, "digit", "The classes of model 'vehicles' are not digits. Send label"),
         (VEHICLES, {"label": "cat", "digit": 1}, "label", "Send either label or digit, not both"),
         (INFO, {"label": "seven"}, "label", "Unknown label 'seven'. GET /models lists all 10 names"),
@@ -89,7 +90,7 @@ def test_missing_class_is_reported_at_the_field_of_the_model(info: Any, field: s
     assert (error.value.field, error.value.message) == (field, "Field required")
 
 
-@pytest.mark.parametrize("label", [None, True, -1, 1.5, "", "a" * 101, [], {}])
+@pytest.mark.parametrize("label", [None, True, -1, 1.5, "", "a" * 101, "\ud800", "a\udfff", [], {}])
 def test_label_of_another_type_or_length_is_refused_with_one_error(label: Any) -> None:
     with pytest.raises(ValidationError) as error:
         LabelFields.model_validate({"label": label}, strict=True)

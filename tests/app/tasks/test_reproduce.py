@@ -148,7 +148,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "without the digest": (encode_image(picture(), 1, {**PROVENANCE.text(0), "Model-SHA256": ""}), "Model-SHA256 must"),
     "another task": (having(Task="edit"), "was made from another picture"),
     "another checkpoint": (having(Model_SHA256="e" * 64), f"{'e' * 64}, which is not served. .* 'fast' \\(f{{64}}\\)"),
-    "several classes": (having(Digit="7,2"), "several classes.* scripts.sample --like"),
+    "several classes": (having(Digit="7,2", Label='["7", "2"]'), "several classes.* scripts.sample --like"),
     "too many images": (having(Index="0-64"), "has 65 images. At most 64"),
     "huge range": (having(Index="0-999999999"), "The text chunk Index must be"),
     "range without a sheet": (having(Index="0-8"), "has 3 x 2 pixels. .*\\(9\\), .* 9 x 6 pixels"),

@@ -1,5 +1,6 @@
 import itertools
 import re
+import sys
 import time
 import unicodedata
 from dataclasses import replace
@@ -169,7 +170,7 @@ def test_description_of_a_digit_is_a_prompt_for_it() -> None:
     assert [digit_of(description_of(INFO, digit)) for digit in range(10)] == list(range(10))
 
 
-NAMES = ("cat", "dog", "fire truck", "truck", "T-shirt", "7", "caf\xe9")
+NAMES = ("cat", "dog", "fire truck", "truck", "T-shirt", "7", "caf\xe9", "C++", "C#", "Dog", "\N{CAT FACE}")
 THINGS = replace(INFO, name="things", class_names=NAMES)
 
 
@@ -177,7 +178,11 @@ THINGS = replace(INFO, name="things", class_names=NAMES)
     ("prompt", "name"),
     [
         ("a cat", "cat"),
-        ("DOG!", "dog"),
+        ("a dog", "dog"),
+        ("Dog", "Dog"),
+        ("written in C#, please", "C#"),
+        ("a \N{CAT FACE}!", "\N{CAT FACE}"),
+        ("cafe\u0301", "caf\xe9"),
         ("A red fire truck, and another fire-truck", "fire truck"),
         ("a truck", "truck"),
         ("a fire and a truck", "truck"),
@@ -198,6 +203,8 @@ def test_prompt_names_a_class_by_the_words_of_its_name(prompt: str, name: str) -
         ("a bicycle", "The prompt names no class. Name exactly one class"),
         ("", "The prompt names no class. Name"),
         ("a cat, a dog and a truck", "The prompt names several classes: cat, dog, truck. Name exactly one"),
+        ("DOG!", "The prompt names several classes: dog, Dog. "),
+        ("C++ or C#", "The prompt names several classes: C++, C#. "),
         ("a fire truck and a truck", "The prompt names several classes: fire truck, truck. "),
         (" ".join(map("x{}".format, range(9000))), "The prompt names no class. Name"),
     ],
@@ -205,6 +212,28 @@ def test_prompt_names_a_class_by_the_words_of_its_name(prompt: str, name: str) -
 def test_prompt_that_does_not_name_exactly_one_class_is_refused(prompt: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         label_of_prompt(prompt, THINGS)
+
+
+def test_time_of_a_long_prompt_does_not_depend_on_the_number_of_similar_names() -> None:
+    """Counts the calls that the interpreter makes, because the time on a busy machine says little."""
+
+    def num_calls(num_names: int) -> int:
+        info = replace(INFO, class_names=tuple(f"class {number}" for number in range(num_names)))
+        label_of_prompt("class 1", info)  # makes the index
+        calls = 0
+
+        def count(frame: object, event: str, argument: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        sys.setprofile(count)
+        try:
+            label_of_prompt("class 5 " * 2000, info)
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    assert num_calls(1000) < 2 * num_calls(10)
 
 
 def test_digit_that_the_model_does_not_have_is_refused() -> None:
