@@ -138,8 +138,9 @@ class Provenance:
             named: len(set(labels)) == len(labels),
             "Seed": provenance.seed <= MAX_SEED,
             "Guidance-Scale": 1 <= provenance.guidance_scale <= MAX_GUIDANCE_SCALE,
-            "Label": "Label" not in text or _labels_of(_value("Label", text)) == labels,
         }
+        if named == "Digit" and "Label" in text:
+            is_valid["Label"] = _labels_of(_value("Label", text)) == labels
         for name, valid in is_valid.items():
             if not valid:
                 raise _malformed(name)
