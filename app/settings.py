@@ -176,8 +176,8 @@ class Settings(BaseSettings):
 
     models: Models = Field(default_factory=dict)
     """models to serve, as NAME=PATH of a .safetensors file, separated by commas. The first one is the default. They can
-    have different classes and image sizes. The flag --model NAME=PATH adds one model and can be repeated (default: the
-    models of UNFOG_CHECKPOINT and UNFOG_FAST_CHECKPOINT)"""
+    have different classes, sizes and colours. The flag --model NAME=PATH adds one model and can be repeated
+    (default: the models of UNFOG_CHECKPOINT and UNFOG_FAST_CHECKPOINT)"""
     checkpoint: Path = SHIPPED
     """checkpoint of the model `default`, a .safetensors file, without UNFOG_MODELS (default: the checkpoint shipped
     with unfog)"""

@@ -16,8 +16,11 @@ def digit_prompt(digit: int) -> str:
 
 
 def default_prompt(class_name: str) -> str:
-    """Returns the prompt for an image of a class: that of the digit, or "a photo of a" and the name of the class."""
-    return digit_prompt(int(class_name)) if class_name in tuple("0123456789") else f"a photo of a {class_name}"
+    """Returns the prompt for an image of a class: that of the digit, or "a photo of" and the name of the class."""
+    if class_name in tuple("0123456789"):
+        return digit_prompt(int(class_name))
+    article = "an" if class_name[0].lower() in "aeiou" else "a"
+    return f"a photo of {article} {class_name}"
 
 
 def is_prompt(text: str) -> bool:

@@ -6,6 +6,7 @@ With --like, generates a picture again from its text chunks, and says whether it
 import argparse
 import secrets
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,9 +76,12 @@ def generate(args: argparse.Namespace) -> None:
         if args.out.suffix.lower() == ".png":
             write_sheet(args.out, x_0, len(labels), _provenance(drawer, options, seed, labels), scale=scale)
         else:
-            for label in labels:
-                provenance = _provenance(drawer, options, seed, [label])
-                write_folder(args.out, x_0[y == label], provenance, scale=scale)
+            of_labels = {label: _provenance(drawer, options, seed, [label]) for label in labels}
+            names = Counter(map(file_name_of, of_labels.values()))
+            for label, provenance in of_labels.items():
+                name = file_name_of(provenance)
+                name += f"-{label}" if names[name] > 1 else ""  # Two classes can have the same name of files.
+                write_folder(args.out, name, x_0[y == label], provenance, scale=scale)
         images = "1 image" if len(y) == 1 else f"{len(y)} images"
         reporter.line(f"wrote {images} with seed {seed}: {args.out}")
 
@@ -107,11 +111,11 @@ def write_sheet(path: Path, x_0: Tensor, num_classes: int, provenance: Provenanc
     write_atomically(path, encode_pixels(arrange(x_0, num_classes).numpy(), scale=scale, text=text))
 
 
-def write_folder(folder: Path, x_0: Tensor, provenance: Provenance, *, scale: int) -> None:
-    """Writes images (N, C, H, W) of one class as one PNG each, with the file names of the service's ZIP answer."""
+def write_folder(folder: Path, name: str, x_0: Tensor, provenance: Provenance, *, scale: int) -> None:
+    """Writes images (N, C, H, W) of one class as one PNG each. `name` is the start of the names of the files."""
     for index, image in enumerate(x_0):
         png = encode_pixels(grid(image[None], 1).numpy(), scale=scale, text=provenance.text(index))
-        write_atomically(folder / f"{file_name_of(provenance)}-seed-{provenance.seed}-{index}.png", png)
+        write_atomically(folder / f"{name}-seed-{provenance.seed}-{index}.png", png)
 
 
 def _provenance(drawer: Drawer, options: DrawingOptions, seed: int, labels: list[int]) -> Provenance:

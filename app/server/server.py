@@ -112,7 +112,7 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     watchdog = Watchdog(engine, settings.give_up_seconds)
     if ready.done() and not ready.exception():
         _exempt_from_collection()
-        _announce(next(iter(engine.models.values())), url, len(settings.api_keys))
+        _announce(list(engine.models.values()), url, len(settings.api_keys))
         watchdog.start()
         await asyncio.wait((serving, stop, watchdog.lost), return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
@@ -181,9 +181,11 @@ def _exempt_from_collection() -> None:
     gc.freeze()
 
 
-def _announce(info: ModelInfo, url: str, num_keys: int) -> None:
+def _announce(models: list[ModelInfo], url: str, num_keys: int) -> None:
+    info = models[0]
     facts = {
         "url": url,
+        "models": ", ".join(info.name for info in models),
         "device": info.device,
         "dtype": info.dtype,
         "compiled": info.compiled,

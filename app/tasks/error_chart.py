@@ -78,11 +78,12 @@ def encode_error_chart(recognition: Recognition, class_names: Sequence[str], tex
     )
     draw.text((LEFT, 14), title, TEXT, font)
     draw.text((LEFT + (right - LEFT) / 2, HEIGHT - 14), "timestep t", TEXT, font, anchor="mm")
+    decimals = 0 if axes.excess[1] - axes.excess[0] >= 0.01 * NUM_TICKS else 1
     for i in range(NUM_TICKS + 1):
         t, excess = (low + (high - low) * i / NUM_TICKS for low, high in (axes.t, axes.excess))
         (x, _), (_, y) = axes.place(t, 0.0), axes.place(axes.t[0], excess)
         draw.line((LEFT, y, right, y), GRID)
-        draw.text((LEFT - 8, y), f"{excess:+.0%}", TEXT, font, anchor="rm")
+        draw.text((LEFT - 8, y), f"{excess:+.{decimals}%}", TEXT, font, anchor="rm")
         draw.text((x, HEIGHT - BOTTOM + 14), f"{t:.0f}", TEXT, font, anchor="mm")
     for label, points in curves.items():
         colour, width = COLOURS[label % len(COLOURS)], 4 if label == recognition.label else 2

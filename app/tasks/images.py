@@ -54,9 +54,9 @@ def arrange(images: list[Pixels]) -> Pixels:
 def file_name_of(provenance: Provenance) -> str:
     """Returns the start of the name of the file of an image: its class, such as `digit-7` or `truck`.
 
-    Characters of the class that some file systems do not permit become hyphens.
+    Characters other than letters, digits, dots and underscores become hyphens.
     """
-    name = re.sub(r"[^0-9A-Za-z._]+", "-", "-".join(provenance.labels)).strip("-.")
+    name = re.sub(r"[^\w.]+", "-", "-".join(provenance.labels)).strip("-.")
     return f"digit-{name}" if provenance.has_digits else name or "class"
 
 

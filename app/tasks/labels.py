@@ -116,4 +116,4 @@ def unknown_label(info: ModelInfo, label: str | int) -> str:
 
 
 def _listed(info: ModelInfo) -> str:
-    return f"GET /models lists all {info.num_classes} names"
+    return f"GET /models lists all {info.num_classes} names of model '{info.name}'"

@@ -14,6 +14,7 @@ from app.engine.job import Pixels
 from app.main import create_app
 from app.settings import Settings
 from model.spec import Guidance, Sampler
+from tests.app.api.examples import PICTURE_TASKS
 from tests.app.application import WORK, run
 from tests.app.clip_fakes import FakeClip
 from tests.app.fakes import INFO, WAIT_SECONDS, FakeRunner, Rows
@@ -193,7 +194,7 @@ def test_request_counters_of_the_tasks_start_at_zero() -> None:
 
     async def check(client: httpx.AsyncClient) -> None:
         text = (await client.get("/metrics")).text
-        for route in ("/generate", "/recognize", "/denoise", "/inpaint", "/edit", "/reproduce", "/score"):
+        for route in ("/generate", *PICTURE_TASKS, "/reproduce", "/score"):
             for code in (200, 429, 500, 503, 504):
                 assert f'unfog_requests_total{{code="{code}",route="{route}"}} 0.0' in text
 

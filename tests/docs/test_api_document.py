@@ -45,7 +45,7 @@ from model.clip_guidance import START, STOP
 from model.inpainting import NUM_LEVELS
 from model.png import Provenance
 from model.spec import SHIPPED, SHIPPED_FAST
-from tests.app.api.examples import REQUESTS
+from tests.app.api.examples import PICTURE_TASKS, REQUESTS
 from tests.app.application import client_of, run
 from tests.app.fakes import INFO, FakeRunner
 from tests.docs.document import DOCS, Document, Example, Row, codes, tables_in
@@ -60,7 +60,6 @@ SCHEMAS: dict[str, Any] = OPENAPI["components"]["schemas"]
 KEY = "a-key-for-this-test"
 ORIGIN = "https://example.com"
 BODY = {"digit": 7, "num_steps": 3, "seed": 1}
-PICTURE_TASKS = ("/recognize", "/denoise", "/inpaint", "/edit")
 INFER_PATH = "/v2/models/{name}/infer"
 BINARY_REQUEST = REQUESTS[INFER_PATH]["binary"]
 CURL = [example for example in API.examples("bash") if "curl" in example.text]

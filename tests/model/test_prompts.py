@@ -22,7 +22,12 @@ def test_prompt_has_1_to_200_characters_and_is_not_blank(text: str, expected: bo
 
 @pytest.mark.parametrize(
     ("class_name", "prompt"),
-    [("7", "a handwritten digit seven"), ("truck", "a photo of a truck"), ("10", "a photo of a 10")],
+    [
+        ("7", "a handwritten digit seven"),
+        ("truck", "a photo of a truck"),
+        ("Airplane", "a photo of an Airplane"),
+        ("10", "a photo of a 10"),
+    ],
 )
 def test_default_prompt_describes_an_image_of_the_class(class_name: str, prompt: str) -> None:
     assert default_prompt(class_name) == prompt

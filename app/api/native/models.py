@@ -60,8 +60,7 @@ class ServedModel(ModelName):
     )
     alpha_bar: list[float] = Field(description="The noise schedule alpha_bar_t for t = 0 to T, with 6 decimals.")
     has_picture_tasks: bool = Field(
-        description="True if /recognize, /denoise, /inpaint and /edit permit the model. They need a model that permits "
-        "any number of steps."
+        description="True if the tasks with a picture permit the model. They need one that permits any number of steps."
     )
     training: Training
     device: str

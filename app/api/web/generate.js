@@ -56,6 +56,10 @@ export function start() {
     applyModel();
     applyClip();
   });
+  find("#model").addEventListener("change", ({ target }) => {
+    choose(target.value);
+    if (run && !find("#generate").hidden) generate(bodyOfForm()); // the images of the other model would mislead
+  });
   history.start();
 }
 

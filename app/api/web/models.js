@@ -98,10 +98,10 @@ export function showClasses(select, { class_names, first }, any = null) {
   select.replaceChildren(...(any ? [element("option", { value: "" }, any)] : []), ...options);
 }
 
-/** Returns the class in the text chunks of an image, whose characters are escaped as in JSON. */
+/** Returns the class in the text chunks of an image. A name that is not ASCII is a JSON string there. */
 export function className({ Digit, Label = Digit }) {
   try {
-    return JSON.parse(`"${Label}"`);
+    return /^["[]/.test(Label) ? String(JSON.parse(Label)) : Label;
   } catch {
     return Label;
   }

@@ -20,3 +20,5 @@ def bodies_of(path: str) -> dict[str, dict[str, Any]]:
 
 
 REQUESTS = {path: bodies_of(path) for path, operation in OPERATIONS.items() if operation.body}
+GENERATING = [path for path, each in OPERATIONS.items() if each.stream and each.group == "Pictures"]
+PICTURE_TASKS = ["/recognize", *GENERATING]  # the tasks that prepare a picture for a model

@@ -21,12 +21,12 @@ from app.engine.interface import ModelInfo
 from app.main import create_app
 from app.settings import Settings
 from model.schedule import Schedule, ScheduleConfig
+from tests.app.api.examples import GENERATING, PICTURE_TASKS
 from tests.app.application import run
 from tests.app.fakes import INFO, FakeRunner
 from tests.app.test_errors import EVERY_ERROR
 
-PICTURE_PATHS = ["/recognize", "/denoise", "/inpaint", "/edit"]
-POST_PATHS = ["/generate", *PICTURE_PATHS, "/reproduce", "/score"]
+POST_PATHS = ["/generate", *PICTURE_TASKS, "/reproduce", "/score"]
 INFERENCE_IDS = {
     "/v2": "get_inference_server",
     "/v2/health/live": "get_inference_liveness",
@@ -212,7 +212,7 @@ def test_every_error_of_a_post_route_has_an_example(path: str) -> None:
     assert {*responses["422"]["content"]["application/problem+json"]["examples"]} == invalid
 
 
-@pytest.mark.parametrize("path", [*PICTURE_PATHS, "/reproduce", "/score"])
+@pytest.mark.parametrize("path", [*PICTURE_TASKS, "/reproduce", "/score"])
 def test_route_with_pictures_has_both_content_types_and_files_in_multipart(path: str) -> None:
     served, num_formats = document(), {"/recognize": 2, "/reproduce": 2, "/score": 1}.get(path, 6)
     operation = served["paths"][path]["post"]
@@ -237,7 +237,7 @@ def test_route_with_pictures_has_both_content_types_and_files_in_multipart(path:
         assert {name: schema["properties"][name]["maximum"] for name in limits} == limits
 
 
-@pytest.mark.parametrize("path", [*PICTURE_PATHS, "/reproduce", "/score"])
+@pytest.mark.parametrize("path", [*PICTURE_TASKS, "/reproduce", "/score"])
 def test_optional_fields_of_multipart_are_empty_in_swagger_ui(path: str) -> None:
     """Swagger UI fills other fields with a made-up value, such as the digit 9, and sends it."""
     form = document()["components"]["schemas"][f"{path[1:].title()}RequestForm"]
@@ -246,7 +246,7 @@ def test_optional_fields_of_multipart_are_empty_in_swagger_ui(path: str) -> None
         assert (field.get("examples") == [""]) == (not has_value), name
 
 
-@pytest.mark.parametrize("path", PICTURE_PATHS)
+@pytest.mark.parametrize("path", PICTURE_TASKS)
 def test_service_accepts_the_request_examples_and_refuses_the_models_that_the_document_excludes(path: str) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         served = (await client.get("/openapi.json")).json()
@@ -270,7 +270,7 @@ def test_service_accepts_the_request_examples_and_refuses_the_models_that_the_do
     run(check, FakeRunner(models={"default": INFO, "fast": FAST}))
 
 
-@pytest.mark.parametrize("path", [*PICTURE_PATHS, "/reproduce", "/score"])
+@pytest.mark.parametrize("path", [*PICTURE_TASKS, "/reproduce", "/score"])
 def test_examples_of_both_content_types_have_the_same_fields(path: str) -> None:
     content = document()["paths"][path]["post"]["requestBody"]["content"]
     bodies, forms = (examples_of(each) for each in content.values())
@@ -287,7 +287,7 @@ def test_request_examples_use_the_recommended_steps_and_sampler() -> None:
         assert not {"num_steps", "sampler", "guidance_scale", "timeout_seconds"} & set(body)
 
 
-@pytest.mark.parametrize("path", ["/generate", "/denoise", "/inpaint", "/edit", "/reproduce"])
+@pytest.mark.parametrize("path", ["/generate", *GENERATING, "/reproduce"])
 def test_image_in_the_example_has_the_provenance_of_the_example(path: str) -> None:
     (answer,) = examples_of(document()["paths"][path]["post"]["responses"]["200"]["content"]["application/json"])
     with Image.open(io.BytesIO(base64.b64decode(answer["images"][0]["png"], validate=True))) as image:
@@ -300,7 +300,7 @@ def test_image_in_the_example_has_the_provenance_of_the_example(path: str) -> No
     assert chunks.get("Task") == (None if path in ("/generate", "/reproduce") else path[1:])
 
 
-@pytest.mark.parametrize("path", ["/generate", "/denoise", "/inpaint", "/edit"])
+@pytest.mark.parametrize("path", ["/generate", *GENERATING])
 def test_document_describes_the_events_of_a_stream(path: str) -> None:
     served = document()
     schemas = served["components"]["schemas"]

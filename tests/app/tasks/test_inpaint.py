@@ -8,7 +8,7 @@ import pytest
 from app.engine.job import Pixels
 from app.tasks.inpaint import InpaintFields, MaskedPicture
 from model.noisy_image import NUM_PAIRS, ODDS_SCALE, PREDICTION_VARIANCE
-from tests.app.api.examples import REQUESTS
+from tests.app.api.examples import PICTURE_TASKS, REQUESTS
 from tests.app.application import run
 from tests.app.fakes import INFO, FakeRunner, recognised_class
 from tests.app.picture_samples import encode, grey
@@ -111,7 +111,7 @@ def test_edit_of_full_strength_starts_from_noise_alone(strength: float) -> None:
     run(check, runner)
 
 
-@pytest.mark.parametrize("path", ["/recognize", "/denoise", "/inpaint", "/edit"])
+@pytest.mark.parametrize("path", PICTURE_TASKS)
 def test_unknown_model_is_refused_before_the_picture_is_decoded(path: str) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         masks = {"mask": "AAAA"} if path == "/inpaint" else {}

@@ -345,6 +345,16 @@ def test_images_of_a_named_class_are_those_of_the_api(colour_service: Service, o
     expect(page.locator("#detail .facts")).to_contain_text(f"Class{NAMES[3]}")
 
 
+def test_images_of_the_new_model_replace_those_of_the_old_one(colour_service: Service, open_page: Open) -> None:
+    page = open_page(colour_service, FIRST_VISIT)
+    wait_until_finished(page)
+    assert open_png(predictions(page)[0])[2] == "RGB"
+    page.locator("#model").select_option("digits")
+    expect(page.locator("#label-keys label")).to_have_count(10)
+    wait_until_finished(page)
+    assert open_png(predictions(page)[0])[2] == "L"
+
+
 def test_tasks_of_a_colour_model_are_those_of_the_api(colour_service: Service, open_page: Open) -> None:
     page = open_page(colour_service, "#/draw")
     page.get_by_label("Pen colour").fill("#00ff00")
