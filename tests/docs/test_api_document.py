@@ -332,6 +332,7 @@ def test_absent_class_has_the_documented_effect() -> None:
             assert (answer["digit"] is not None) == (answer["label"] is not None) == is_searched, path
             _, chunks, _ = open_png(base64.b64decode(answer["images"][0]["png"]))
             assert chunks["Digit"] == ("none" if answer["digit"] is None else str(answer["digit"]))
+            assert chunks.get("Label") == answer["label"]
 
     run(check, FakeRunner())
 

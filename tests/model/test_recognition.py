@@ -65,7 +65,7 @@ def test_probabilities_are_the_softmax_of_the_weighted_distances() -> None:
     scores = weights @ given.sqrt() - 3 * torch.tensor(offsets, dtype=torch.float64)  # (C,)
     expected = (-scores / (1 + 3 / 4)).softmax(dim=0)
     assert answer.probabilities == pytest.approx(expected.tolist())
-    assert answer.digit == int(expected.argmax())
+    assert answer.label == int(expected.argmax())
     assert answer.remaining == []
     assert answer.evaluations == 30
 
@@ -87,9 +87,9 @@ def test_class_within_the_margin_can_still_win() -> None:
     answer = Recognition(readout(margin=2.0), 0.0, 20)
     answer.add(far(3, by=2.0))  # the log-odds of 9 are 1.6 below those of the best class
     assert 9 in answer.remaining
-    assert answer.digit == 3
+    assert answer.label == 3
     answer.add([(6.0 if y == 9 else 10.0) ** 2 for y in answer.remaining])
-    assert answer.digit == 9
+    assert answer.label == 9
 
 
 def test_pruning_keeps_the_digit_and_saves_evaluations() -> None:
@@ -113,7 +113,7 @@ def test_suspicion_is_the_weighted_excess_of_the_log_distance_over_that_of_the_i
     assert answer.suspicion == pytest.approx(-3 + 2 * math.log(2 / 3))
     assert answer.is_digit
     answer.add([900.0 if y == 6 else 10_000.0 for y in answer.remaining])
-    assert answer.digit == 6
+    assert answer.label == 6
     assert answer.suspicion == pytest.approx(-3 + 2 * math.log(2 / 3) + 2 * math.log(30 / 3))
     assert not Recognition(readout(), 0.0, 1).suspicion > -3
     answer = Recognition(readout(), ink, 1)

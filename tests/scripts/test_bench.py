@@ -96,7 +96,7 @@ def test_versions_compares_two_services(
     monkeypatch.setattr(versions, "TURN_SECONDS", 0.1)
     monkeypatch.setattr(versions, "SPREAD_SECONDS", 0.2)
     out = tmp_path / "versions.json"
-    bench.main(["versions", f"--base={Path.cwd()}", "--pairs=1", "--seconds=1", f"--out={out}"])
+    bench.main(["versions", f"--base={Path.cwd()}", "--pairs=1", "--seconds=2", f"--out={out}"])
     found = json.loads(out.read_text())["rows"]
     assert [row["load"] for row in found] == ["64 x 1 image", "2 x 2 images", "1 x 1 image", "1 x 1 image and 1 x 2"]
     assert all(row["base"] > 0 and row["new"] > 0 for row in found)

@@ -334,7 +334,7 @@ def test_file_without_provenance_is_refused(
         ({"Steps": "11"}, "this checkpoint has 10 timesteps"),
         ({"Index": "0-8"}, "has 28 x 28 pixels. Its checkpoint generates 84 x 84 pixels"),
         ({"Index": "0-999999999"}, "The text chunk Index must be"),
-        ({"Digit": "7,2"}, "generates 28 x 56 pixels"),
+        ({"Digit": "7,2", "Label": '["7", "2"]'}, "generates 28 x 56 pixels"),
     ],
     ids=str,
 )

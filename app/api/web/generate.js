@@ -58,7 +58,7 @@ export function start() {
   });
   find("#model").addEventListener("change", ({ target }) => {
     choose(target.value);
-    if (run && !find("#generate").hidden) generate(bodyOfForm()); // the images of the other model would mislead
+    if (run && !find("#generate").hidden) generate(bodyOfForm());
   });
   history.start();
 }
@@ -77,7 +77,7 @@ export async function open(parameters) {
   }
   if (find("#generate").hidden) return; // the user has opened another view in the meantime
   const note = applyCheckpoint(wanted, parameters.get("checkpoint"));
-  const label = modelOf(wanted).labelOf(parameters.get("label") ?? parameters.get("digit")); // earlier links have `digit`
+  const label = modelOf(wanted).labelOf(parameters.get("label") ?? parameters.get("digit"));
   if (label !== undefined) wanted.label = label;
   const isEmpty = !Object.keys(wanted).length;
   if (isEmpty && run?.isChosen) window.history.replaceState(null, "", generateAddress(run.body));

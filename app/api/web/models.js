@@ -35,7 +35,7 @@ class Model {
   }
 }
 
-/** Has the event "change" when another model is chosen. */
+/** Has an event "change" for another model. */
 export const changes = new EventTarget();
 
 let loaded = null;
@@ -64,10 +64,10 @@ async function load() {
   return { ...answer, models };
 }
 
-/** Returns true if all models have the same classes and images. Then only the view Generate offers a choice. */
+/** Returns true if only the view Generate offers a choice. */
 export const areAlike = () => models.every((each) => each.isLike(models[0]));
 
-/** Chooses the model with this name, if there is one. The texts of the page then describe it. */
+/** Chooses the model with this name, if there is one. */
 export function choose(name) {
   const next = models.find((each) => each.name === name);
   if (!next || next === chosen) return;
@@ -89,16 +89,16 @@ export const fullModel = () =>
 
 export const modelOf = ({ model }) => models.find(({ name }) => name === model) ?? chosen;
 
-/** Returns the name of a model of this service by the digest of its checkpoint, or undefined. */
+/** Returns the name of a model by the digest of its checkpoint, or undefined. */
 export const checkpointName = (sha256) => names[sha256];
 
-/** Offers the classes of a model. `any` is the text of a first entry without a class, if given. */
+/** Offers the classes of a model. `any` is the text of an entry without a class. */
 export function showClasses(select, { class_names, first }, any = null) {
   const options = class_names.map((name, label) => element("option", { value: label, selected: !any && label === first }, name));
   select.replaceChildren(...(any ? [element("option", { value: "" }, any)] : []), ...options);
 }
 
-/** Returns the class in the text chunks of an image. A name that is not ASCII is a JSON string there. */
+/** Returns the class in the text chunks of an image. A name can be a JSON string. */
 export function className({ Digit, Label = Digit }) {
   try {
     return /^["[]/.test(Label) ? String(JSON.parse(Label)) : Label;

@@ -99,7 +99,7 @@ def test_metrics_count_every_step() -> None:
     assert sample("unfog_denoise_step_duration_seconds_count") == 4
     assert sample("unfog_network_seconds_total") == 4 * 0.25
     assert sample("unfog_queue_wait_seconds_count") == 3
-    assert sample("unfog_images_total", {"digit": "0"}) == 3
+    assert sample("unfog_images_total", {"digit": "0", "label": "0"}) == 3
 
 
 def test_images_with_their_own_digits_are_answered_in_order_and_counted_by_digit() -> None:
@@ -110,5 +110,5 @@ def test_images_with_their_own_digits_are_answered_in_order_and_counted_by_digit
         tick(engine)
     assert same(job.future.result(), [image(key.seed, key.index, 3) for key in keys])
     sample = engine._metrics.registry.get_sample_value
-    assert sample("unfog_images_total", {"digit": "3"}) == 2
-    assert sample("unfog_images_total", {"digit": "8"}) == 1
+    assert sample("unfog_images_total", {"digit": "3", "label": "3"}) == 2
+    assert sample("unfog_images_total", {"digit": "8", "label": "8"}) == 1

@@ -115,7 +115,7 @@ def test_generated_images_are_counted_by_the_digit_that_was_found() -> None:
     engine = opened(new_engine(FakeRunner()))
     engine.submit(new_search(2, seed=8))
     run(engine)
-    assert engine._metrics.images.labels("8")._value.get() == 2
+    assert engine._metrics.images.labels("8", "8")._value.get() == 2
 
 
 def test_slots_of_unfinished_searches_are_limited() -> None:

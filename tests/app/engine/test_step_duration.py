@@ -1,13 +1,14 @@
 """Tests of the durations of steps that the engine measures."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from app.engine.engine import Engine
 from app.engine.step_times import StepTimes
 from app.errors import InternalError
-from tests.app.fakes import FakeRunner, Rows, new_engine, new_job, opened
+from tests.app.fakes import INFO, FakeRunner, Rows, new_engine, new_job, opened
 
 DEVICE_SECONDS = 1.0  # duration of a step on the device
 HOST_SECONDS = 0.1  # between two steps; meanwhile the device computes the steps that are enqueued
@@ -107,7 +108,8 @@ def test_duration_of_a_step_of_another_model_is_divided_by_its_own_prediction(mo
 
     monkeypatch.setattr("app.engine.engine.time.monotonic", lambda: now[0])
     times = StepTimes({1: 1.0}, of_models={"fast": {1: 3.0}})
-    engine, slowdowns = opened(new_engine(FakeRunner(times, on_step=step))), list[float]()
+    runner = FakeRunner(times, on_step=step, models={"default": INFO, "fast": replace(INFO, name="fast")})
+    engine, slowdowns = opened(new_engine(runner)), list[float]()
     for model in ("default", "fast", "fast", "default"):
         engine.submit(new_job(1, num_steps=1, model=model))
         engine._tick()

@@ -67,7 +67,7 @@ def png_of(served: Model, label: int, index: int, task: str = "generate") -> byt
     name = served["class_names"][label]
     text = {
         "Software": SOFTWARE,
-        "Label": json.dumps(name)[1:-1],
+        "Label": name if name.isascii() else json.dumps(name),
         **({"Digit": name} if served["class_names"] == DIGITS else {}),
         **({} if task == "generate" else {"Task": task}),
         "Seed": "5",

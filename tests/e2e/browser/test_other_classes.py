@@ -117,7 +117,7 @@ def test_picture_with_caption_shows_colours_and_keeps_the_name(service: Service,
         choose_more(page, "Picture with caption")
     assert download.value.suggested_filename == "class-19-seed-5.png"
     pixels, text, _ = open_png(download.value.path().read_bytes())
-    assert (text["Label"], text["Index"]) == ("caf\\u00e9", "0-3")
+    assert (text["Label"], text["Index"]) == ('"caf\\u00e9"', "0-3")
     side = 14 * 32  # 896 pixels for two images
     assert pixels.shape[1] == 2 * side
     for index in range(4):

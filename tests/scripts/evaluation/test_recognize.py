@@ -92,7 +92,7 @@ def test_class_without_errors_is_dropped() -> None:
     errors[:, 2] = 9.0
     errors[1:, 5:] = torch.nan
     answer = replayed(errors, 0.0, replace(CONSTANTS, margin=3.0), 4, prune=True)
-    assert answer.digit == 2
+    assert answer.label == 2
     assert len(answer.errors) == 4
     assert replayed(errors, 0.0, CONSTANTS, 4, prune=True).probabilities[7] < 0.1
 
