@@ -163,7 +163,7 @@ def test_events_are_in_order_and_contain_the_same_images(service: Service, image
     assert set(accepted) == {"job", "seed", "position", "eta_seconds"}
     assert (accepted["seed"], accepted["position"]) == (BODY["seed"], 0)
     assert accepted["eta_seconds"] > 0
-    assert set(done) == {"seed", "evaluations", "timing"}
+    assert set(done) == {"label", "digit", "seed", "evaluations", "timing"}
     assert (done["seed"], done["evaluations"]) == (BODY["seed"], EVALUATIONS)
     assert set(done["timing"]) == set(TIMES)
     finished = {data["index"]: base64.b64decode(data["png"]) for name, data in events if name == "image"}

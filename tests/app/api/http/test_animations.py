@@ -193,7 +193,7 @@ def test_number_of_frames_is_between_1_and_the_number_of_steps(
         ((1, 28, 28), 1, 16, 80, ["query", "previews"]),
         ((1, 28, 28), 1, 1, 100, None),
         ((1, 2000, 2000), 1, 1, MAX_PIXELS // MAX_FRAME_PIXELS, None),  # both limits
-        ((1, 2000, 2001), 1, 1, 1, ["body", "scale"]),
+        ((1, 2000, 2001), 1, 1, 1, ["body", "count"]),
     ],
 )
 def test_size_up_to_the_limits_is_permitted(
