@@ -79,7 +79,9 @@ def test_altered_pixel_is_found(service: Service) -> None:
     assert reproduce(service, altered(png, amount=1), PNG).content == png
 
 
-@pytest.mark.parametrize("changed", [{"Seed": "2"}, {"Digit": "8", "Label": "8"}, {"Index": "1"}, {"Sampler": "ddim"}], ids=str)
+@pytest.mark.parametrize(
+    "changed", [{"Seed": "2"}, {"Digit": "8", "Label": "8"}, {"Index": "1"}, {"Sampler": "ddim"}], ids=str
+)
 def test_altered_chunk_gives_large_differences(service: Service, changed: dict[str, str]) -> None:
     png = draw(service, digit=7, seed=1, num_steps=5, guidance_scale=1)
     answer = reproduce(service, altered(png, **changed)).json()
