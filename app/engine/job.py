@@ -35,7 +35,7 @@ import numpy.typing as npt
 from model.comparison import Comparison
 from model.spec import Process
 
-DEFAULT_MODEL, FAST_MODEL = "default", "fast"  # the model of requests without `model`, and the model for few steps
+DEFAULT_MODEL, FAST_MODEL = "default", "fast"  # the names of the shipped models; `fast` needs few steps
 IntArray = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]  # (H, W) or (H, W, 3)
 StepSet = range | frozenset[int]

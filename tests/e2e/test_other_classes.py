@@ -1,4 +1,4 @@
-"""A model of colour images with 20 named classes beside one of digits: every protocol, format and task."""
+"""Serves colour images of 20 named classes and digits together, and tests every protocol, format and task."""
 
 import base64
 import io
@@ -43,7 +43,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mixed(checkpoint: Path, objects: Path) -> Iterator[Service]:
-    """Returns a service with the digits as its default model and the objects beside it."""
+    """Returns a service with two models. The default model generates digits, and the other one generates objects."""
     with ExitStack() as stack:
         yield start_service(stack, checkpoint, UNFOG_MODELS=f"digits={checkpoint},objects={objects}")
 

@@ -89,14 +89,17 @@ def _class_of(prompt: str, info: ModelInfo) -> int:
 def _named_classes(prompt: str, names: tuple[str, ...]) -> set[int]:
     """Returns the classes that a prompt names. The time is proportional to its number of words."""
     index, words, place = _Index.of(names), _words_of_name(prompt), 0
-    found = {label for label in index.without_words if names[label] in prompt}
+    named = set[tuple[str, ...]]()  # the words of the names in the prompt
     while place < len(words):
         parts = (tuple(words[place : place + length]) for length in index.lengths.get(words[place], ()))
-        name = next((part for part in parts if part in index.labels), words[place : place + 1])
-        alike = index.labels.get(tuple(name), [])  # several if the names differ only in case or symbols, as C++ and C#
-        found.update([label for label in alike if names[label] in prompt] if len(alike) > 1 else alike)
-        found.update(alike if alike and found.isdisjoint(alike) else ())
-        place += len(name)
+        name = next((part for part in parts if part in index.labels), None)
+        if name:
+            named.add(name)
+        place += len(name) if name else 1
+    found = {label for label in index.without_words if names[label] in prompt}
+    for alike in (index.labels[name] for name in named):  # several if the names differ only in case or symbols
+        exact = [label for label in alike if names[label] in prompt] if len(alike) > 1 else []
+        found.update(exact or alike)
     return found
 
 
