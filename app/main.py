@@ -39,9 +39,9 @@ from app.api.openai import images as openai
 from app.api.openai import models as openai_models
 from app.api.openapi import add_openapi
 from app.api.service import Service
-from app.engine.engine import Engine
+from app.engine.engine import Engine, EngineState
 from app.engine.interface import StepRunner
-from app.engine.shared_state import EngineState
+from app.engine.step_loop import StepLoop
 from app.logs import num_lines_dropped
 from app.metrics import Metrics
 from app.runner.load import load_runner
@@ -69,23 +69,22 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     """Returns the ASGI application. `load` creates the runner. The default is `load_runner(settings)`."""
     meters = Metrics()
     engine = Engine(
-        load or (lambda: load_runner(settings)),
         capacity=settings.queue_capacity,
         max_batch=settings.max_batch,
         watchdog_seconds=settings.watchdog_seconds,
         metrics=meters,
     )
     service = Service(settings, engine, meters, time.monotonic(), ImageReader(settings))
-    engine.deliver = service.mailbox.deliver
+    loop = StepLoop(engine, load or (lambda: load_runner(settings)), meters, service.mailbox.deliver)
     traces = Traces() if settings.traces == "on" else None
     _watch(engine, meters)
     engine.ready.add_done_callback(lambda _: service.clip.open(engine.clip, read_real_digits()))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine.start()
+        loop.start()
         yield
-        await _stop(service, traces)
+        await _stop(service, loop, traces)
 
     app = FastAPI(
         title="unfog",
@@ -122,14 +121,14 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     return app
 
 
-async def _stop(service: Service, traces: Traces | None) -> None:
+async def _stop(service: Service, loop: StepLoop, traces: Traces | None) -> None:
     """Ends all threads and the CLIP process. Unfinished requests are answered with 503."""
     engine = service.engine
     engine.drain()
     service.give_up(errors.Draining(1))
     service.pictures.close()
     service.animations.close()
-    await asyncio.to_thread(engine.stop, STOP_SECONDS)
+    await asyncio.to_thread(loop.stop, STOP_SECONDS)
     await asyncio.to_thread(service.clip.join, STOP_SECONDS)
     if engine.clip:  # If the engine became ready during the shutdown, service.clip did not know the model.
         engine.clip.close()

@@ -1,6 +1,6 @@
 """Admission control: admits a job only if every admitted job still finishes before its deadline.
 
-This module uses no threads and no clock. SharedState holds its lock and passes the time (see shared_state.py).
+This module uses no threads and no clock. Engine holds its lock and passes the time (see engine.py).
 
 Admission refuses a job with 429 in two cases:
 

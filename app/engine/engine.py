@@ -1,86 +1,147 @@
-"""The engine: a thread that repeatedly selects rows, runs their step and answers finished jobs.
+"""The engine: admits, selects and answers jobs. StepLoop (step_loop.py) runs the steps in a thread of its own.
 
-The engine thread alone uses the runner, the readings and the counts of failures. It shares all other state with the
-callers of the engine through `SharedState`, which has the lock. `Mailbox` in app/api/http/events.py passes events
-to the event loop. Callers also read `_last_beat`, which is a single value.
+The engine has the state that this thread shares with the callers: the admitted jobs, and whether the engine runs. One
+lock protects it. Only `Engine` uses the lock, the admission and the backlog. Each of its methods takes the lock itself
+and returns values or copies, so that no caller can forget the lock. Callers wait on futures. The thread waits on the
+condition variable of the lock while there is no work. Neither of them polls. tests/app/engine/lock_guard.py finds uses
+without the lock.
 
-Failures: if a step raises, it is run again in halves until the failing rows are isolated (see isolation.py). Only their
-jobs fail. After MAX_FAILED_BATCHES batches in which every row failed, the engine generates the probe image of each
-model. The engine itself fails if this raises, if the device is lost, or if its thread raises. It then answers all jobs
-with EngineFailed.
+Callers admit their jobs themselves, because a request that is refused must be answered at once. If they sent commands
+to the thread, it would answer them only after the step in progress.
+
+Some values are read without the lock:
+
+    single values   `state`, `num_steps`, `beat`, `is_stopping`, `closed` of a job, and `is_wanted` of the feed
+    the models      they are set before `ready` completes
+    jobs            only the thread changes `unfinished`, and therefore reads it without the lock
+    rows            the clock of a row changes when its job is cancelled, in one assignment, so that the runner can read
+                    `step` without the lock
 
 Drain: `drain` refuses new jobs and returns a future that completes when all admitted jobs are answered. If this takes
-too long, the caller answers the remaining jobs with `give_up`. `stop` then ends the thread.
+too long, the caller answers the remaining jobs with `give_up`.
 
-Heartbeat: the engine thread stores the time before each step. `alive` is False if the last heartbeat is older than
+Heartbeat: the thread stores the time before each step. `alive` is False if the last heartbeat is older than
 `watchdog_seconds`, which happens if a step or the idle work of the runner hangs. While the engine starts or waits for
 work, it has no heartbeat and is alive.
 """
 
-import logging
-import math
 import threading
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import cached_property, partial
+from enum import StrEnum
+from typing import NamedTuple
 
 from app import errors
+from app.engine.admission import Admission
 from app.engine.batch import Calls
-from app.engine.interface import ClipEmbedder, ModelInfo, Reading, RunnerError, StepRunner
-from app.engine.isolation import R, isolate
-from app.engine.job import Frame, Job, Pixels, Result, StepRows, Trajectory
+from app.engine.batch_feed import Batch, BatchFeed
+from app.engine.interface import ClipEmbedder, ModelInfo, StepRunner
+from app.engine.job import Job, Result, StepRows, Trajectory
 from app.engine.meters import EngineMetrics
-from app.engine.shared_state import RESTART_SECONDS, EngineState, ImageCounts, SharedState, Step
 from app.engine.step_times import StepTimes
 
-log = logging.getLogger(__name__)
+STARTING_SECONDS = 5  # Retry-After while the service starts: the usual duration of loading and warm-up
+RESTART_SECONDS = 10  # Retry-After while the service drains or has failed: the usual duration of a restart
 
-IDLE_SECONDS = 0.5  # after this time without work, the runner does its idle work (see StepRunner.idle)
-MAX_FAILED_BATCHES = 3  # consecutive batches in which every row failed, after which the engine tests itself
+
+class EngineState(StrEnum):
+    """The state of the engine. Jobs are admitted only in the state `ok`."""
+
+    STARTING = "starting"
+    OK = "ok"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+    def refuse_unless_ok(self) -> None:
+        """Raises Starting, Draining or EngineFailed if the state is not `ok`."""
+        if self is EngineState.STARTING:
+            raise errors.Starting(STARTING_SECONDS)
+        if self is EngineState.DRAINING:
+            raise errors.Draining(RESTART_SECONDS)
+        if self is EngineState.FAILED:
+            raise errors.EngineFailed(RESTART_SECONDS)
+
+
+class ImageCounts(NamedTuple):
+    """The numbers of unfinished images. Both are 0 if and only if all jobs are answered."""
+
+    waiting: int  # images before their first step
+    running: int  # images between their first and last step
+
+
+class Step(NamedTuple):
+    """The step that `select` has chosen."""
+
+    rows: StepRows
+    calls: Calls  # see Admission.calls
+    started: list[Trajectory]  # the rows that take their first step
+    selected_at: float  # a value of time.monotonic()
 
 
 class Engine:
-    """Runs jobs in its own thread. Any thread may call the public methods. Only `stop` blocks."""
+    """Admits, selects and answers jobs. Any thread may call the public methods. Only `wait` blocks."""
 
     def __init__(
-        self,
-        load: Callable[[], StepRunner],
-        *,
-        capacity: int,
-        max_batch: int | None,
-        watchdog_seconds: float,
-        metrics: EngineMetrics,
+        self, *, capacity: int, max_batch: int | None, watchdog_seconds: float, metrics: EngineMetrics
     ) -> None:
+        """See Admission for `capacity` and `max_batch`."""
         self.models: dict[str, ModelInfo] = {}  # the served models by name; empty until the engine is ready
         self.clip: ClipEmbedder | None = None  # None until the engine is ready, and without a CLIP model
         self.clip_evaluations = 0  # network evaluations that take as long as the gradient of CLIP for one row
         self.device_memory: Callable[[], int] | None = None  # returns the bytes reserved on a GPU; set when ready
-        # Called immediately before the network call of each step, and in each iteration without a step. Listeners can
-        # store their events and deliver them here. If they woke another thread earlier, that thread would take the
-        # interpreter's lock, and the engine would wait for it. A compiled network call does not need the lock.
-        self.deliver: Callable[[], None] = lambda: None
         self.ready: Future[None] = Future()  # completes after loading and warm-up, with their error if they failed
-        self._load = load
-        self._watchdog_seconds, self._metrics = watchdog_seconds, metrics
+        self.beat: float | None = None  # the last heartbeat, a value of time.monotonic(); None without one
         self.capacity = capacity  # the maximum number of waiting images
-        self._shared = SharedState(capacity, max_batch, metrics)
-        self.feed = self._shared.feed
-        self._step_end = 0.0  # the time at which the last step returned, a value of time.monotonic()
-        # The calls of the steps that the device has not finished (see Step), or None for a part of a batch.
-        self._unfinished: deque[Calls | None] = deque()
-        # Readings whose values are not handled yet: a function that says if they are known, and one that handles them.
-        self._readings: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
-        self._is_batch_lowered = False  # True if the batch size was already lowered in this iteration
-        self._num_failed_rows = 0
-        self._failed_batches = {"step": 0, "pixels": 0, "errors": 0}  # consecutive batches in which every row failed
-        self._last_beat: float | None = None  # a value of time.monotonic(); None while the engine is idle or starting
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.feed = BatchFeed()
+        self._watchdog_seconds, self._metrics = watchdog_seconds, metrics
+        # The lock is reentrant, because the futures and listeners of a job are called while it is held.
+        self._condition = threading.Condition(threading.RLock())
+        self._admission = Admission(capacity, max_batch)
+        self._backlog = self._admission.backlog
+        self._abandoned: list[Trajectory] = []  # rows of jobs that ended early; the thread frees their slots
+        self._drained: Future[None] | None = None  # the future that drain() returns
+        self._has_given_up = False
+        self._is_stopping = False
+        self._state = EngineState.STARTING
+        self._num_steps = 0
 
-    def start(self) -> None:
-        """Starts the engine thread, which loads and warms up the models. Returns immediately."""
-        self._thread.start()
+    @property
+    def state(self) -> EngineState:
+        """Returns the state of the engine. It stays `ok` while a step hangs (see apparent_state)."""
+        return self._state
+
+    @property
+    def alive(self) -> bool:
+        """Returns False if the engine has failed or if its current step has exceeded the watchdog timeout."""
+        beat = self.beat
+        return self.state is not EngineState.FAILED and (
+            beat is None or time.monotonic() - beat < self._watchdog_seconds
+        )
+
+    @property
+    def apparent_state(self) -> EngineState:
+        """Returns the state that clients see. An engine whose step hangs counts as failed."""
+        return self.state if self.alive else EngineState.FAILED
+
+    @property
+    def num_steps(self) -> int:
+        """Returns the number of finished steps."""
+        return self._num_steps
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._is_stopping
+
+    def open(self, runner: StepRunner, step_times: StepTimes) -> None:
+        """Completes `ready`, and admits jobs from now on, unless the engine drains."""
+        self.models, self.device_memory = runner.models, runner.device_memory
+        self.clip, self.clip_evaluations = runner.clip, step_times.clip_evaluations
+        with self._condition:
+            self._admission.open(step_times, runner.max_rows)
+            if self._state is EngineState.STARTING:
+                self._state = EngineState.OK
+        self.ready.set_result(None)
 
     def submit(self, job: Job, *, is_accepted: bool = False) -> None:
         """Admits all images of a job, or raises Overloaded, Starting, Draining or EngineFailed.
@@ -88,301 +149,157 @@ class Engine:
         `is_accepted` is True for a request that has waited for CLIP. It is also admitted during a drain, unless
         `give_up` has answered all requests.
         """
-        if not self.alive:  # A stuck engine would not finish the job.
+        if not self.alive:  # A step that hangs would keep the job waiting.
             raise errors.EngineFailed(RESTART_SECONDS)
-        self._shared.submit(job, is_accepted=is_accepted)
+        with self._condition:
+            if not (is_accepted and self._state is EngineState.DRAINING and not self._has_given_up):
+                self._state.refuse_unless_ok()
+            self._admission.admit(job, time.monotonic())
+            job.timings.submitted_at_step = self._num_steps
+            self._condition.notify()
 
     def cancel(self, job: Job, error: Exception) -> None:
         """Answers a job with an error. The next step does not contain its rows. Does nothing if the job is answered."""
-        self._shared.cancel(job, error)
+        if job.closed:  # No lock is needed, and the thread need not wake up.
+            return
+        with self._condition:
+            self._end(job, error)
+            self._condition.notify()
 
     def drain(self) -> Future[None]:
         """Refuses new jobs from now on. Returns a future that completes when all admitted jobs are answered."""
-        drained = self._shared.drain()
+        with self._condition:
+            if self._state is not EngineState.FAILED:
+                self._state = EngineState.DRAINING
+            if not self._drained:
+                self._drained = Future()
+                self._drained.set_running_or_notify_cancel()  # A future that is running cannot be cancelled by callers.
+            self._complete_drain_if_idle()
+            drained = self._drained
         self.feed.end(errors.Draining(RESTART_SECONDS))
         return drained
 
     def give_up(self, error: errors.UnfogError) -> None:
-        """Answers all unanswered jobs with the error, and ends the feed with it."""
+        """Answers all jobs with the error, and ends the feed with it. A drain then admits no accepted jobs either."""
         self.feed.end(error)
-        self._shared.give_up(error)
+        with self._condition:
+            self._has_given_up = True
+            self._end_all(error)
 
-    def stop(self, timeout: float) -> bool:
-        """Ends the thread after its current step. Returns False if it still runs after `timeout` seconds."""
-        self._shared.stop()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-    def count_images(self) -> ImageCounts:
-        """Returns the numbers of unfinished images."""
-        return self._shared.count_images()
-
-    def publish_if_idle(self) -> None:
-        """Publishes a batch without rows if the feed wants a batch and there are no jobs."""
-        self._shared.publish_if_idle()
-
-    @property
-    def num_steps(self) -> int:
-        """Returns the number of finished steps."""
-        return self._shared.num_steps
-
-    @property
-    def state(self) -> EngineState:
-        """Returns the state of the engine. It stays `ok` while the engine is stuck in a step (see apparent_state)."""
-        return self._shared.state
-
-    @property
-    def alive(self) -> bool:
-        """Returns False if the engine has failed or if its current step has exceeded the watchdog timeout."""
-        beat = self._last_beat
-        return self.state is not EngineState.FAILED and (
-            beat is None or time.monotonic() - beat < self._watchdog_seconds
-        )
-
-    @property
-    def apparent_state(self) -> EngineState:
-        """Returns the state that clients see. An engine that is stuck in a step counts as failed."""
-        return self.state if self.alive else EngineState.FAILED
-
-    @cached_property
-    def _runner(self) -> StepRunner:
-        """Returns the runner. The first access loads it, which must happen in the engine thread."""
-        return self._load()
-
-    def _run(self) -> None:
-        try:
-            self._open(self._runner.warm_up(lambda: self._shared.is_stopping))
-            while not self._shared.is_stopping:
-                self._tick()
-        except BaseException as error:
-            self._fail_engine(error)
-        finally:
-            self.deliver()
-
-    def _open(self, step_times: StepTimes) -> None:
-        self.models, self.device_memory = self._runner.models, self._runner.device_memory
-        self.clip, self.clip_evaluations = self._runner.clip, step_times.clip_evaluations
-        self._shared.open(step_times, self._runner.max_rows)
-        self.ready.set_result(None)
-
-    def _tick(self) -> None:
-        """Runs one iteration: selects rows, runs their step and answers finished jobs. Waits if there is no work."""
-        self._last_beat = time.monotonic()
-        abandoned = self._shared.take_abandoned()
-        self._runner.release(abandoned)
-        self._is_batch_lowered = False
-        if step := self._shared.select():
-            self._run_step(step)
-            self._retire()
-        else:
-            self.deliver()
-            self._unfinished.clear()
-            if not (abandoned or self._readings):
-                self._wait_for_work()
-        self._finish_readings(must_wait=not step)
-        if max(self._failed_batches.values()) >= MAX_FAILED_BATCHES:
-            self._check_runner()
-
-    def _run_step(self, step: Step) -> None:
-        """Runs a step. Jobs with a row that fails are answered."""
-        if step.started:
-            for job, count in Counter(row.job for row in step.started).items():
-                self._record_start(job, count, step.selected_at)
-        num_failed, num_survivors = self._num_failed_rows, 0
-        for batch, not_finite in self._run_isolated(step.rows.trajectories, partial(self._step, step)):
-            num_survivors += len(batch) - len(not_finite)
-            for trajectory in not_finite:
-                self._fail(trajectory, ArithmeticError("NaN or infinite values"))
-        self._count_batch("step", self._num_failed_rows - num_failed, num_survivors)
-
-    def _read(
-        self,
-        work: str,
-        rows: list[Trajectory],
-        read: Callable[[list[Trajectory]], Reading[Sequence[R | None]]],
-        then: Callable[[list[tuple[Trajectory, R]]], None],
-    ) -> None:
-        """Reads values of the rows. Calls `then` when they are known, with the rows that have not failed."""
-        if not rows:
-            return
-        num_failed = self._num_failed_rows
-        batches = self._run_isolated(rows, read)
-        num_failed = self._num_failed_rows - num_failed
-
-        def finish() -> None:
-            nonlocal num_failed
-            results = []
-            for batch, reading in batches:
-                for trajectory, values in zip(batch, reading.wait(), strict=True):
-                    if values is not None:
-                        results.append((trajectory, values))
-                    elif not trajectory.job.closed:
-                        num_failed += 1
-                        self._fail(trajectory, ArithmeticError("NaN or infinite values"))
-            self._count_batch(work, num_failed, len(results))
-            then(results)
-
-        self._readings.append((lambda: all(reading.is_ready() for _, reading in batches), finish))
-
-    def _finish_readings(self, *, must_wait: bool) -> None:
-        """Handles the values of readings in order. Waits for the first one if the engine has nothing else to do."""
-        while self._readings and (must_wait or self._readings[0][0]()):
-            _, finish = self._readings.popleft()
-            finish()
-            must_wait = False
-
-    def _count_batch(self, work: str, num_failed: int, num_survivors: int) -> None:
-        if num_survivors:
-            self._failed_batches[work] = 0
-        elif num_failed:
-            self._failed_batches[work] += 1
-
-    def _check_runner(self) -> None:
-        """Generates the probe images after too many failed batches. If this raises, the engine fails.
-
-        The test shows whether the device or the requests caused the failures. If it succeeds, the requests caused them,
-        and the engine continues.
-        """
-        log.warning("No row survived, testing the engine with the probe image", extra={"batches": MAX_FAILED_BATCHES})
-        self.deliver()
-        self._last_beat = time.monotonic()
-        self._runner.check()
-        self._failed_batches = dict.fromkeys(self._failed_batches, 0)
-
-    def _wait_for_work(self) -> None:
-        """Waits until there is work. Meanwhile the runner does its idle work, one part at a time."""
-        self._last_beat, seconds = None, IDLE_SECONDS
-        while not self._shared.wait(seconds if self._runner.has_idle_work else None):
-            self._last_beat = time.monotonic()
-            self._runner.idle()
-            self._last_beat, seconds = None, 0.0
-
-    def _record_start(self, job: Job, num_rows: int, now: float) -> None:
-        """Records that rows of a job take their first step."""
-        timings = job.timings
-        if timings.started_at and job.request.search:
-            return  # Only the search waited in the queue. The images of this job waited for the search.
-        timings.started_at = timings.started_at or now
-        num_images = job.request.count if job.request.search else num_rows
-        self._metrics.queue_wait.observe(max(0.0, time.monotonic() - timings.submitted_at), num_images)
-        self._metrics.admission_wait.observe(self.num_steps - timings.submitted_at_step, num_images)
-
-    def _run_isolated(
-        self, rows: list[Trajectory], compute: Callable[[list[Trajectory]], R]
-    ) -> list[tuple[list[Trajectory], R]]:
-        return isolate(rows, compute, self._fail, self._lower_max_batch)
-
-    def _lower_max_batch(self) -> None:
-        """Lowers the batch size, at most once per iteration.
-
-        A batch that is split into halves can run out of memory several times. This is still one shortage.
-        """
-        if not self._is_batch_lowered:
-            self._is_batch_lowered = True
-            self._shared.lower_max_batch()
-
-    def _step(self, step: Step, rows: list[Trajectory]) -> list[Trajectory]:
-        """Runs a step, or after a failure a part of its rows. Returns the rows with NaN or infinite values."""
-        is_whole = rows is step.rows.trajectories
-        step_rows, calls = (step.rows, step.calls) if is_whole else (StepRows.of(rows), None)
-        self._last_beat = start = time.monotonic()
-        in_network = self._runner.network_seconds
-        not_finite = self._runner.step(step_rows, self.deliver)
-        self._unfinished.append(calls)  # After a failure, the durations of parts are not used.
-        seconds, finished = self._duration(start)
-        self._shared.count_step(finished, seconds)
-        self._metrics.denoise_steps.inc()
-        self._metrics.step_duration.observe(seconds)
-        self._metrics.network.inc(self._runner.network_seconds - in_network)
-        self._metrics.batch_rows.observe(len(rows))
-        return not_finite
-
-    def _duration(self, start: float) -> tuple[float, Calls | None]:
-        """Returns a duration, and the calls of the step that took this time on the device.
-
-        Returns None instead of the calls if the duration is not that of a whole step on the device.
-
-        A runner that enqueues steps does not wait for the device in the first `steps_ahead` steps. Each later call
-        returns when the device has finished one more step: the one that was enqueued `steps_ahead` steps before. The
-        time between two such returns is the duration of this step on the device.
-        """
-        end, before, ahead = time.monotonic(), self._step_end, self._runner.steps_ahead
-        self._step_end = end
-        if len(self._unfinished) <= ahead:
-            return end - start, None
-        return end - (before if ahead else start), self._unfinished.popleft()
-
-    def _retire(self) -> None:
-        """Adds the step to the progress of the rows, and reads the results of those that have ended."""
-        ended = self._shared.advance()
-        self._read("errors", [row for row in ended if row.comparison], self._runner.errors, self._compare)
-        self._send_previews()
-        self._read("pixels", [row for row in ended if not row.comparison], self._runner.pixels, self._finish)
-
-    def _finish(self, results: Sequence[tuple[Trajectory, Result]]) -> None:
-        """Stores the results of finished rows and frees their slots."""
-        if not results:
-            return
-        finished = self._shared.finish(results)
-        images = Counter((row.options.model, row.label) for row in finished if not row.comparison)
-        for (model, label), count in images.items():
-            info = self.models[model]
-            names = info.digit_of(label), info.name_of(label)
-            self._metrics.images.labels(*("none" if name is None else str(name) for name in names)).inc(count)
-        self._runner.release([trajectory for trajectory, _ in results])
-
-    def _compare(self, results: Sequence[tuple[Trajectory, Sequence[float]]]) -> None:
-        """Adds the errors of a step to rows that compare the classes. Finishes those that have no steps left."""
-        for trajectory, class_errors in results:
-            if not all(map(math.isfinite, class_errors)):
-                self._fail(trajectory, ArithmeticError("NaN or infinite errors"))
-        self._shared.add_errors(results)
-        self._finish([(row, row.comparison) for row, _ in results if row.comparison and not row.steps_left])
-
-    def _send_previews(self) -> None:
-        """Sends the previews and frames that are due. A read for all jobs is faster than one for each job."""
-        steps, frames = self._shared.due()
-        if not (steps or frames):
-            return
-        plain = [job for job in steps if not job.request.includes_x_t]
-        with_x_t = [job for job in steps if job.request.includes_x_t]
-
-        def send(jobs: list[Job], x_0: dict[Trajectory, Pixels], x_t: dict[Trajectory, Pixels]) -> None:
-            for job in jobs:
-                if job.closed:
-                    continue
-                previews, noisy = ({row.index: of[row] for row in job.unfinished if row in of} for of in (x_0, x_t))
-                job.tell(job.progress(steps[job], previews, noisy if job.request.includes_x_t else None))
-
-        def send_plain(results: list[tuple[Trajectory, Pixels]]) -> None:
-            send(plain, dict(results), {})
-
-        def send_pairs(results: list[tuple[Trajectory, tuple[Pixels, Pixels]]]) -> None:
-            send(with_x_t, {row: x_0 for row, (x_0, _) in results}, {row: x_t for row, (_, x_t) in results})
-
-        def send_frames(results: list[tuple[Trajectory, tuple[Pixels, Pixels]]]) -> None:
-            for row, (_, x_t) in results:
-                if (request := row.job.request.frames) and not row.job.closed:
-                    request.listener(Frame(row.index, frames[row], x_t))
-
-        self._read("pixels", [row for job in plain for row in job.unfinished], self._runner.pixels, send_plain)
-        self._read(
-            "pixels", [row for job in with_x_t for row in job.unfinished], self._runner.pixels_with_x_t, send_pairs
-        )
-        self._read("pixels", list(frames), self._runner.pixels_with_x_t, send_frames)
-
-    def _fail(self, trajectory: Trajectory, error: Exception) -> None:
-        facts = {"request_id": trajectory.job.request.request_id, "index": trajectory.index, "step": trajectory.step}
-        self._num_failed_rows += 1
-        log.error("Row failed", exc_info=error, extra=facts)
-        self.cancel(trajectory.job, errors.InternalError())
-
-    def _fail_engine(self, error: BaseException) -> None:
-        # A RunnerError before the engine is ready is not logged here, because serve() reports it.
-        if self.ready.done() or not isinstance(error, RunnerError):
-            log.critical("Engine failed", exc_info=error)
-        self._shared.fail(errors.EngineFailed(RESTART_SECONDS))
+    def fail(self, error: BaseException) -> None:
+        """Changes the state to `failed`, and answers all jobs with EngineFailed. If not ready, fails `ready`."""
+        with self._condition:
+            self._state = EngineState.FAILED
+            self._end_all(errors.EngineFailed(RESTART_SECONDS))
         self.feed.end(errors.EngineFailed(RESTART_SECONDS))
         if not self.ready.done():
             self.ready.set_exception(error)
+
+    def stop(self) -> None:
+        """Lets `wait` return at once, and `select` return None."""
+        with self._condition:
+            self._is_stopping = True
+            self._condition.notify()
+
+    def count_images(self) -> ImageCounts:
+        """Returns the numbers of unfinished images."""
+        with self._condition:
+            return ImageCounts(self._backlog.waiting, self._backlog.running)
+
+    def publish_if_idle(self) -> None:
+        """Publishes a batch without rows if the feed wants a batch and there are no jobs."""
+        with self._condition:
+            if self.feed.is_wanted and not self._backlog.jobs:
+                self._publish(self._num_steps, ())
+
+    def wait(self, seconds: float | None) -> bool:
+        """Waits for work, without a limit if `seconds` is None. Returns False if there is none after this time."""
+        with self._condition:
+            self.publish_if_idle()
+            return self._condition.wait_for(self._has_work, seconds)
+
+    def take_abandoned(self) -> list[Trajectory]:
+        """Returns the rows of the jobs that ended early after the last call."""
+        with self._condition:
+            abandoned, self._abandoned = self._abandoned, []
+            return abandoned
+
+    def select(self) -> Step | None:
+        """Returns the next step, or None if no row can take one. Publishes its rows if the feed wants a batch."""
+        with self._condition:
+            now = time.monotonic()
+            if self._is_stopping or not self._admission.select(now):
+                return None
+            step = Step(self._backlog.batch.step_rows(), self._admission.calls(), self._backlog.start_batch(), now)
+            if self.feed.is_wanted:
+                self._publish(self._num_steps + 1, step.rows.trajectories)
+            return step
+
+    def count_step(self, calls: Calls | None, seconds: float) -> None:
+        """Counts a step. Updates the slowdown with the duration of the calls, unless they are None."""
+        with self._condition:
+            self._num_steps += 1
+            if calls:
+                self._admission.observe(calls, seconds)
+
+    def lower_max_batch(self) -> None:
+        """Lowers the batch size after a memory shortage."""
+        with self._condition:
+            self._admission.lower_max_batch(time.monotonic())
+
+    def advance(self) -> list[Trajectory]:
+        """Adds the step to the progress of the rows. Returns the rows whose result must be read (see Backlog)."""
+        with self._condition:
+            return self._backlog.advance()
+
+    def due(self) -> tuple[dict[Job, int], dict[Trajectory, int]]:
+        """Returns the jobs with a preview that is due, and the rows with a frame that is due.
+
+        The values are the mean number of finished steps of the images of each job, and the number of each frame. A
+        second call at the same progress returns none.
+        """
+        with self._condition:
+            jobs = self._backlog.with_previews
+            steps = {job: job.steps_done // job.request.count for job in jobs if job.preview_due()}
+            return steps, {row: number for job in jobs for row, number in job.frames_due()}
+
+    def add_errors(self, results: Sequence[tuple[Trajectory, Sequence[float]]]) -> None:
+        """Adds the errors of a step to the rows that compare the classes, unless their jobs are answered."""
+        with self._condition:
+            for row, class_errors in results:
+                if not row.job.closed:
+                    self._backlog.add_errors(row, class_errors)
+
+    def finish(self, results: Sequence[tuple[Trajectory, Result]]) -> list[Trajectory]:
+        """Stores the results of rows, unless their jobs are answered. Returns the rows whose results it has stored."""
+        with self._condition:
+            finished = [(row, result) for row, result in results if not row.job.closed]
+            self._backlog.finish(finished)
+            self._complete_drain_if_idle()
+            return [row for row, _ in finished]
+
+    def _has_work(self) -> bool:
+        return bool(self._backlog.num_rows or self._abandoned or self._is_stopping)
+
+    def _publish(self, step: int, selected: Sequence[Trajectory]) -> None:
+        """Publishes the running rows. `selected` has the rows of this step."""
+        backlog = self._backlog
+        self.feed.publish(Batch.of(step, backlog.waiting, backlog.running, backlog.jobs, selected))
+
+    def _end_all(self, error: errors.UnfogError) -> None:
+        for job in list(self._backlog.jobs):
+            self._end(job, error)
+
+    def _end(self, job: Job, error: Exception) -> None:
+        """Answers a job with an error, unless it is answered."""
+        if not self._backlog.remove(job):
+            return
+        for is_started in job.images_started():
+            self._metrics.cancelled.labels("running" if is_started else "waiting").inc()
+        self._abandoned += job.unfinished
+        job.fail(error)
+        self._complete_drain_if_idle()
+
+    def _complete_drain_if_idle(self) -> None:
+        if self._drained and not self._drained.done() and not self._backlog.jobs:
+            self._drained.set_result(None)

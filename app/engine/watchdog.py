@@ -11,8 +11,7 @@ about 40 s. If the step ends after 35 s, the engine continues.
 import asyncio
 import logging
 
-from app.engine.engine import Engine
-from app.engine.shared_state import EngineState
+from app.engine.engine import Engine, EngineState
 
 log = logging.getLogger(__name__)
 

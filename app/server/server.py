@@ -23,8 +23,8 @@ from fastapi import FastAPI
 
 from app import errors
 from app.api.service import Service
+from app.engine.engine import RESTART_SECONDS
 from app.engine.interface import ModelInfo, RunnerError
-from app.engine.shared_state import RESTART_SECONDS
 from app.engine.watchdog import Watchdog
 from app.server.connection import connection_class
 from app.settings import Settings

@@ -20,7 +20,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,13 +29,13 @@ from torch import Tensor
 from app.engine.admission import Admission
 from app.engine.engine import Engine
 from app.engine.job import Job, JobRequest, Options, StepRows, Trajectory
+from app.engine.step_loop import StepLoop
 from app.engine.step_times import StepTimes
 from app.log_writer import LogWriter
 from app.logs import configure_logging
 from app.main import create_app
 from app.metrics import Metrics
 from app.runner.graphs.graph_runner import BATCHES, GraphRunner
-from app.runner.runner import Runner
 from app.server.server import bind, serve
 from app.settings import Settings
 from model import checkpoint
@@ -62,8 +62,9 @@ def measure_engine(num_jobs: int, count: int, *, staggered: bool) -> float:
     A new job follows each finished one. All jobs begin at the same step, or with `staggered` at different steps. The
     result does not contain the CPU time of submitting the jobs. Raises TimeoutError after LONGEST_SECONDS.
     """
-    runner, done = SleepingRunner(), threading.Event()
-    engine = _new_engine(lambda: runner)
+    runner, done, metrics = SleepingRunner(), threading.Event(), Metrics()
+    engine = Engine(capacity=100_000, max_batch=ROWS, watchdog_seconds=60.0, metrics=metrics)
+    loop = StepLoop(engine, lambda: runner, metrics)
     groups = min(num_jobs, NUM_STEPS) if staggered else 1
     first, last = NUM_STEPS + groups, NUM_STEPS * (1 + ROUNDS) + groups
     num_steps, submitting, times = 0, 0.0, dict[int, float]()
@@ -90,12 +91,12 @@ def measure_engine(num_jobs: int, count: int, *, staggered: bool) -> float:
             submit(sum(len(job.unfinished) == number for job, number in images.items()))
 
     runner.on_step, runner.on_finish = on_step, on_finish
-    engine.start()
+    loop.start()
     engine.ready.result()
     engine.submit(new_job())
     if not done.wait(LONGEST_SECONDS):
         raise TimeoutError(f"The engine did not finish {last} steps within {LONGEST_SECONDS:g} s. Use an idle machine")
-    engine.stop(10)
+    loop.stop(10)
     return (times[last] - times[first]) / (last - first)
 
 
@@ -133,10 +134,6 @@ def count_operations(job: Job) -> Counter[str]:
     with operations:
         runner.step(StepRows.of([row]))
     return operations.counts
-
-
-def _new_engine(load: Callable[[], Runner]) -> Engine:
-    return Engine(load, capacity=100_000, max_batch=ROWS, watchdog_seconds=60.0, metrics=Metrics())
 
 
 def _serve(port: int) -> None:

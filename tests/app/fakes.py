@@ -13,8 +13,9 @@ import numpy as np
 from app.engine.backlog import Backlog
 from app.engine.batcher import StepLimits, select_rows
 from app.engine.engine import Engine
-from app.engine.interface import ClipEmbedder, ModelInfo, Reading, Ready
+from app.engine.interface import ClipEmbedder, ModelInfo, Reading, Ready, StepRunner
 from app.engine.job import Job, JobRequest, Options, Pixels, Search, StepKind, StepRows, Trajectory
+from app.engine.step_loop import StepLoop
 from app.engine.step_times import StepTimes
 from app.metrics import Metrics
 from model.inpainting import ClassDistances
@@ -199,37 +200,45 @@ class Gate:
         assert self.released.wait(WAIT_SECONDS)
 
 
-def new_engine(runner: FakeRunner, **options: Any) -> Engine:
-    """Creates an engine without starting it."""
-    defaults: dict[str, Any] = {"capacity": 1024, "max_batch": 64, "watchdog_seconds": 1000.0, "metrics": Metrics()}
-    return Engine(lambda: runner, **defaults | options)
+class EngineWithLoop(Engine):
+    """An engine and the loop that runs its steps. The loop has not started."""
+
+    def __init__(self, runner: StepRunner, **options: Any) -> None:
+        defaults: dict[str, Any] = {"capacity": 1024, "max_batch": 64, "watchdog_seconds": 1000.0, "metrics": Metrics()}
+        super().__init__(**defaults | options)
+        self.loop = StepLoop(self, lambda: runner, self._metrics)
 
 
-def opened(engine: Engine) -> Engine:
+def new_engine(runner: StepRunner, **options: Any) -> EngineWithLoop:
+    """Creates an engine without starting its loop."""
+    return EngineWithLoop(runner, **options)
+
+
+def opened(engine: EngineWithLoop) -> EngineWithLoop:
     """Puts the engine into the state after warm-up, without starting its thread. `tick` then runs it."""
-    engine._open(engine._runner.warm_up(lambda: False))
+    engine.open(engine.loop._runner, engine.loop._runner.warm_up(lambda: False))
     return engine
 
 
 def backlog_of(engine: Engine) -> Backlog:
     """Returns the backlog of an engine. No other thread may use the engine meanwhile."""
-    return engine._shared._backlog
+    return engine._backlog
 
 
-def tick(engine: Engine) -> None:
+def tick(engine: EngineWithLoop) -> None:
     """Runs one iteration of the engine's loop, unless its thread would wait for work."""
-    if any(engine.count_images()) or engine._shared._abandoned:
-        engine._tick()
+    if any(engine.count_images()) or engine._abandoned:
+        engine.loop._tick()
 
 
 @contextmanager
-def running(engine: Engine) -> Iterator[Engine]:
+def running(engine: EngineWithLoop) -> Iterator[EngineWithLoop]:
     """Runs the engine with its thread within the block."""
-    engine.start()
+    engine.loop.start()
     try:
         yield engine
     finally:
-        assert engine.stop(WAIT_SECONDS)
+        assert engine.loop.stop(WAIT_SECONDS)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = WAIT_SECONDS) -> None:

@@ -4,8 +4,7 @@ from fastapi import Request
 from starlette.responses import JSONResponse
 
 from app.api.http.context import context_of
-from app.engine.engine import Engine
-from app.engine.shared_state import EngineState
+from app.engine.engine import Engine, EngineState
 from app.errors import Draining, EngineFailed, Starting
 
 OUTCOMES = {  # state -> outcome of a failed probe in the access log

@@ -54,9 +54,9 @@ from app.api.operations import (
     unavailable,
 )
 from app.api.service import Service, ServiceDependency, encoded
+from app.engine.engine import EngineState
 from app.engine.interface import ModelInfo
 from app.engine.job import ImageKey, Job, Pixels
-from app.engine.shared_state import EngineState
 from app.tasks.generate import generate_each
 from app.tasks.sampling import SamplingFields, new_seed
 from app.tasks.task import Task

@@ -14,7 +14,7 @@ from app.api.native.examples import SHA256
 from app.api.native.schemas import ModelName
 from app.api.operations import Operation, Router, Schema, unavailable
 from app.api.service import ServiceDependency
-from app.engine.shared_state import EngineState
+from app.engine.engine import EngineState
 
 router = Router()
 

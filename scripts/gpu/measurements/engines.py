@@ -11,6 +11,7 @@ import numpy as np
 from app.engine.engine import Engine
 from app.engine.interface import OutOfMemoryError
 from app.engine.job import Job, Pixels, StepRows, Trajectory
+from app.engine.step_loop import StepLoop
 from app.runner.runner import Runner
 from scripts.gpu.measurements.machine import Kind, Machine, TimedEvent
 
@@ -111,13 +112,15 @@ def running_engine(
         made.append(MeasuredRunner(machine, machine.runner(kind)))
         return made[0]
 
-    engine = Engine(load, capacity=CAPACITY, max_batch=max_batch, watchdog_seconds=JOB_SECONDS, metrics=NoMetrics())
-    engine.start()
+    metrics = NoMetrics()
+    engine = Engine(capacity=CAPACITY, max_batch=max_batch, watchdog_seconds=JOB_SECONDS, metrics=metrics)
+    loop = StepLoop(engine, load, metrics)
+    loop.start()
     try:
         engine.ready.result(READY_SECONDS)
         yield engine, made[0]
     finally:
-        engine.stop(STOP_SECONDS)
+        loop.stop(STOP_SECONDS)
 
 
 def images_of(engine: Engine, job: Job) -> list[Pixels]:

@@ -1,37 +1,38 @@
-"""Finds the uses of the shared state of an engine by threads that do not hold its lock."""
+"""Finds the uses of the state of an engine by threads that do not hold its lock."""
 
 from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from app.engine.engine import Engine
 
-# The attributes of SharedState that may be read without the lock.
-READABLE = {"_condition", "_metrics", "feed", "_state", "_num_steps", "_is_stopping"}
+# The attributes of Engine that one thread sets and others read without the lock (see app/engine/engine.py).
+USABLE = {"beat", "models", "clip", "clip_evaluations", "device_memory"}
+READABLE = {"_condition", "_metrics", "_watchdog_seconds", "capacity", "feed", "loop", "ready"}  # they do not change
+READABLE |= {"_state", "_num_steps", "_is_stopping"}
 
 
 class LockGuard:
-    """Checks each use of an attribute of the shared state, the admission, the backlog and its batch.
+    """Checks each use of an attribute of the engine, its admission, its backlog and the batch.
 
     `violations` has the names of the attributes that were used without the lock. The lists and dicts of the backlog are
     checked too, because code can keep a reference to them. Create it before the engine starts.
     """
 
     def __init__(self, engine: Engine) -> None:
-        shared = engine._shared
-        admission, backlog = shared._admission, shared._backlog
-        self._is_owned: Callable[[], bool] = shared._condition._is_owned  # type: ignore[attr-defined]
+        admission, backlog = engine._admission, engine._backlog
+        self._is_owned: Callable[[], bool] = engine._condition._is_owned  # type: ignore[attr-defined]
         self.violations: set[str] = set()
         backlog.jobs = self._container(list, "jobs", "__delitem__", "insert")
         backlog.with_previews = self._container(dict, "with_previews", "__delitem__", "__setitem__", "items", "pop")
         for each in (admission, backlog.batch, backlog):
-            self._watch(each, readable=())
-        self._watch(shared, readable=READABLE)
+            self._watch(each)
+        self._watch(engine, readable=READABLE | USABLE, writable=USABLE)
 
     def _check(self, name: str) -> None:
         if not self._is_owned():
             self.violations.add(name)
 
-    def _watch(self, target: Any, readable: Container[str]) -> None:
+    def _watch(self, target: Any, readable: Container[str] = (), writable: Container[str] = ()) -> None:
         kind, names, check = type(target), vars(target).keys() | (), self._check
 
         class Watched(kind):  # type: ignore[valid-type, misc]
@@ -41,7 +42,8 @@ class LockGuard:
                 return super().__getattribute__(name)
 
             def __setattr__(self, name: str, value: object) -> None:
-                check(f"{kind.__name__}.{name}")
+                if name not in writable:
+                    check(f"{kind.__name__}.{name}")
                 super().__setattr__(name, value)
 
         target.__class__ = Watched

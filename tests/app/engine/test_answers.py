@@ -80,7 +80,7 @@ def test_cancel_of_an_answered_job_does_not_wait_for_the_engine() -> None:
     while not job.closed:
         tick(engine)
     cancelling = threading.Thread(target=engine.cancel, args=(job, ClientGoneError()), daemon=True)
-    with engine._shared._condition:
+    with engine._condition:
         cancelling.start()
         cancelling.join(WAIT_SECONDS)
         assert not cancelling.is_alive()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from app.engine import engine as engine_module
+from app.engine import step_loop
 from tests.app.fakes import FakeRunner, Gate, images, new_engine, new_job, opened, running, same, wait_until
 
 
@@ -25,7 +25,7 @@ class RunnerWithIdleWork(FakeRunner):
 
 
 def test_idle_engine_does_all_work_that_can_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(step_loop, "IDLE_SECONDS", 0.0)
     runner = RunnerWithIdleWork()
     with running(new_engine(runner)) as engine:
         engine.ready.result()
@@ -42,12 +42,12 @@ def test_steps_come_before_work_that_can_wait() -> None:
     job = new_job(1, num_steps=4)
     engine.submit(job)
     while any(engine.count_images()):
-        engine._tick()
+        engine.loop._tick()
     assert runner.done == []
 
 
 def test_engine_stops_while_there_is_work_that_can_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(step_loop, "IDLE_SECONDS", 0.0)
     runner = RunnerWithIdleWork(pieces=10**9)
     with running(new_engine(runner)) as engine:
         engine.ready.result()
@@ -55,7 +55,7 @@ def test_engine_stops_while_there_is_work_that_can_wait(monkeypatch: pytest.Monk
 
 
 def test_engine_that_hangs_in_idle_work_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(step_loop, "IDLE_SECONDS", 0.0)
     gate = Gate()
 
     class HangingRunner(RunnerWithIdleWork):

@@ -132,8 +132,8 @@ class RandomRun:
                 raise error
 
         self.runner.on_step = raise_for_faulty
-        if any(self.engine.count_images()) or self.engine._shared._abandoned:
-            self.engine._tick()
+        if any(self.engine.count_images()) or self.engine._abandoned:
+            self.engine.loop._tick()
         if faulty and faulty.closed and faulty.future.exception():
             self.expected[faulty] = errors.InternalError
         self.runner.on_step = lambda rows: None
@@ -146,8 +146,8 @@ def test_every_job_is_answered_correctly_if_values_are_late(seed: int) -> None:
     for _ in range(60):
         run.submit_or_cancel()
         run.tick()
-    while any(run.engine.count_images()) or run.engine._shared._abandoned:
-        run.engine._tick()
+    while any(run.engine.count_images()) or run.engine._abandoned:
+        run.engine.loop._tick()
     for job, expected in run.expected.items():
         error = job.future.exception()
         assert type(error) is (expected or type(None))
@@ -164,11 +164,11 @@ def test_row_does_not_take_a_step_while_its_result_is_read() -> None:
     engine.submit(short)
     engine.submit(long)
     for _ in range(3):
-        engine._tick()
+        engine.loop._tick()
     assert not short.closed
-    engine._tick()
+    engine.loop._tick()
     assert not short.closed
-    engine._tick()
+    engine.loop._tick()
     assert same(short.future.result(), images(short))
     assert [Counter(row.job for row in call)[short] for call in runner.calls] == [2, 2, 2, 0, 0]
     assert runner.num_waits == 0  # the engine has steps to run
@@ -180,7 +180,7 @@ def test_engine_waits_for_a_result_if_it_has_no_other_work() -> None:
     job = new_job(1, num_steps=3)
     engine.submit(job)
     while any(engine.count_images()):
-        engine._tick()
+        engine.loop._tick()
     assert same(job.future.result(), images(job))
     assert (runner.num_steps, runner.num_waits) == (3, 1)
 
@@ -192,8 +192,8 @@ def test_row_with_nan_fails_when_its_result_is_read() -> None:
     runner.not_finite = lambda row: row.job is bad and row.index == 1
     for job in (bad, good):
         engine.submit(job)
-    while any(engine.count_images()) or engine._shared._abandoned:
-        engine._tick()
+    while any(engine.count_images()) or engine._abandoned:
+        engine.loop._tick()
     assert isinstance(bad.future.exception(), errors.InternalError)
     assert same(good.future.result(), images(good))
     assert not runner.held
@@ -203,10 +203,10 @@ def test_device_that_is_lost_while_a_result_is_read_fails_the_engine() -> None:
     runner = LateRunner()
     engine = opened(new_engine(runner))
     engine.submit(new_job(1, num_steps=1))
-    engine._tick()
+    engine.loop._tick()
     runner.is_lost = True
     with pytest.raises(DeviceLostError):
-        engine._tick()
+        engine.loop._tick()
 
 
 def test_previews_have_the_step_at_which_they_were_read() -> None:
@@ -216,7 +216,7 @@ def test_previews_have_the_step_at_which_they_were_read() -> None:
     job = new_job(2, num_steps=8, num_previews=4, listener=events.append)
     engine.submit(job)
     while any(engine.count_images()):
-        engine._tick()
+        engine.loop._tick()
     shown = [
         (event.step, [int(image[0, 3]) for image in event.previews]) for event in events if isinstance(event, Progress)
     ]
@@ -236,5 +236,5 @@ def test_frames_are_complete_before_the_job_is_answered() -> None:
     job.future.add_done_callback(see)
     engine.submit(job)
     while any(engine.count_images()):
-        engine._tick()
+        engine.loop._tick()
     assert seen == [[(0, 0, 2), (0, 1, 3), (1, 0, 2), (1, 1, 3)]]

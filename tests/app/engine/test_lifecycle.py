@@ -7,8 +7,8 @@ import pytest
 
 from app import errors
 from app.api.http.requests import ClientGoneError
+from app.engine.engine import EngineState
 from app.engine.interface import DeviceLostError, RunnerError
-from app.engine.shared_state import EngineState
 from tests.app.fakes import (
     WAIT_SECONDS,
     FakeRunner,
@@ -93,10 +93,10 @@ def test_stop_ends_warm_up() -> None:
         wait_until(should_stop)
 
     engine = new_engine(FakeRunner(on_warm_up=warm_up))
-    engine.start()
+    engine.loop.start()
     assert warm_up_started.wait(WAIT_SECONDS)
     assert engine.drain().done()
-    assert engine.stop(WAIT_SECONDS)
+    assert engine.loop.stop(WAIT_SECONDS)
     assert engine.state is EngineState.DRAINING
     with pytest.raises(errors.Draining):
         engine.submit(new_job())
@@ -115,7 +115,7 @@ def test_stuck_engine_is_not_alive_and_its_jobs_can_be_answered() -> None:
             engine.submit(new_job())
         engine.cancel(job, error)
         assert job.future.exception(0) is error
-        assert not engine.stop(0.01)
+        assert not engine.loop.stop(0.01)
         gate.released.set()
 
 

@@ -21,7 +21,7 @@ def test_out_of_memory_halves_the_batch_once_per_step_and_loses_no_image() -> No
     sizes = []
     while not all(job.closed for job in jobs):
         tick(engine)
-        sizes.append(engine._shared._admission.max_batch)
+        sizes.append(engine._admission.max_batch)
     assert all(same(job.future.result(0), images(job)) for job in jobs)
     assert sizes[:4] == [8, 4, 2, 2]
     assert set(sizes[3:]) == {2}
@@ -41,12 +41,12 @@ def test_single_memory_shortage_halves_the_batch_only_once(monkeypatch: pytest.M
     engine = opened(new_engine(runner, max_batch=64))
     engine.submit(new_job(64, num_steps=10))
     tick(engine)  # Even a single row does not fit, so the job fails.
-    assert engine._shared._admission.max_batch == 32
+    assert engine._admission.max_batch == 32
     is_short, now = False, 60.0
     job = new_job(64, num_steps=10)
     engine.submit(job)
     tick(engine)
-    assert len(runner.calls[-1]) == engine._shared._admission.max_batch == 64
+    assert len(runner.calls[-1]) == engine._admission.max_batch == 64
 
 
 @pytest.mark.parametrize("where", ["step", "pixels"])
@@ -60,7 +60,7 @@ def test_memory_shortage_with_a_single_image_halves_the_batch_once(where: str) -
     engine = opened(new_engine(runner, max_batch=64))
     engine.submit(new_job(1, num_steps=1))
     tick(engine)
-    assert engine._shared._admission.max_batch == 32
+    assert engine._admission.max_batch == 32
 
 
 def test_memory_shortage_while_reading_previews_halves_the_batch_once() -> None:
@@ -72,7 +72,7 @@ def test_memory_shortage_while_reading_previews_halves_the_batch_once() -> None:
     job = new_job(32, num_steps=1, num_previews=8, listener=lambda event: None)
     engine.submit(job)
     tick(engine)
-    assert engine._shared._admission.max_batch == 8
+    assert engine._admission.max_batch == 8
     while not job.closed:
         tick(engine)
     assert same(job.future.result(0), images(job))
@@ -82,7 +82,7 @@ def test_auto_steps_are_short_while_a_small_request_runs() -> None:
     step_times = StepTimes({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0})
     runner = FakeRunner(step_times=step_times)
     engine = opened(new_engine(runner, max_batch=None))
-    assert engine._shared._admission.max_batch == 16
+    assert engine._admission.max_batch == 16
     engine.submit(new_job(64, num_steps=9))
     tick(engine)
     engine.submit(new_job(1, num_steps=2))

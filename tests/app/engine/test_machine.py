@@ -16,9 +16,9 @@ from prometheus_client import Counter
 
 from app import errors
 from app.api.http.requests import ClientGoneError
+from app.engine.engine import EngineState
 from app.engine.interface import OutOfMemoryError
 from app.engine.job import ImageDone, Job, Progress
-from app.engine.shared_state import EngineState
 from app.engine.step_times import StepTimes
 from tests.app.fakes import FakeRunner, Rows, backlog_of, image, images, new_engine, new_job, opened, same, tick
 
@@ -120,7 +120,7 @@ class EngineMachine(RuleBasedStateMachine):
         begun = {(t.job, i) for t in self.unanswered for i in t.unfinished if t.steps[i]}
         ended = {row for row in self.runner.held if row.job.closed}
         assert {(row.job, row.index) for row in self.runner.held if row not in ended} == begun
-        assert ended <= set(self.engine._shared._abandoned)
+        assert ended <= set(self.engine._abandoned)
 
     def fail(self, failing: set[Image], error: type[Exception] = errors.InternalError) -> None:
         """Ends the jobs of the failing images in the model, before the iteration runs.
@@ -222,7 +222,7 @@ class EngineMachine(RuleBasedStateMachine):
     def lower(self) -> None:
         """Expects that the batch size was lowered once, even if the batch was halved several times."""
         self.max_rows = max(1, self.max_rows // 2)
-        assert self.engine._shared._admission.max_batch == self.max_rows
+        assert self.engine._admission.max_batch == self.max_rows
 
     @precondition(lambda self: self.unanswered)
     @rule(data=st.data())

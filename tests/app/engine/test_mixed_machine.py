@@ -271,7 +271,7 @@ class MixedMachine(RuleBasedStateMachine):
     @invariant()
     def no_slot_is_lost(self) -> None:
         started = {row for job in self.open for row in job.unfinished if row.started}
-        abandoned = set(self.engine._shared._abandoned)
+        abandoned = set(self.engine._abandoned)
         assert started <= self.runner.held.keys() | abandoned
         assert self.runner.held.keys() <= started | abandoned
 

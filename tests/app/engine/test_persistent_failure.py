@@ -3,9 +3,9 @@
 import pytest
 
 from app import errors
-from app.engine.engine import MAX_FAILED_BATCHES
+from app.engine.engine import EngineState
 from app.engine.interface import OutOfMemoryError, RunnerError
-from app.engine.shared_state import EngineState
+from app.engine.step_loop import MAX_FAILED_BATCHES
 from tests.app.fakes import (
     FakeRunner,
     Rows,

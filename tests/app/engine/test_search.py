@@ -57,7 +57,7 @@ def test_work_counts_the_search_and_the_images() -> None:
 
 def test_bound_of_the_finish_time_covers_the_search_and_the_images() -> None:
     engine, job = opened(new_engine(FakeRunner(), max_batch=4)), new_search(3)
-    full = engine._shared._admission._full(backlog_of(engine).step_kind(job))
+    full = engine._admission._full(backlog_of(engine).step_kind(job))
     engine.submit(job)
     work, tail_work = 10 * SEARCH_STEPS + 3 * NUM_STEPS, 10 * SEARCH_STEPS + NUM_STEPS
     assert job.estimate
@@ -166,7 +166,7 @@ def test_retry_after_considers_that_searches_free_their_slots() -> None:
     with pytest.raises(errors.Overloaded):
         while True:
             engine.submit(new_search())
-    full = engine._shared._admission._full(backlog_of(engine).step_kind(new_search()))
+    full = engine._admission._full(backlog_of(engine).step_kind(new_search()))
     with pytest.raises(errors.Overloaded) as refused:
         engine.submit(new_search())
     assert refused.value.retry_after <= max(1, math.ceil(0.1 * backlog_of(engine).work / full.rate))

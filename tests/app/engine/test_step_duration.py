@@ -37,9 +37,9 @@ def engine_with(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Engine:
 def observed(engine: Engine, num_ticks: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Runs some iterations of the engine. Returns the durations that it uses for its predictions."""
     durations: list[float] = []
-    monkeypatch.setattr(engine._shared._admission, "observe", lambda calls, seconds: durations.append(seconds))
+    monkeypatch.setattr(engine._admission, "observe", lambda calls, seconds: durations.append(seconds))
     for _ in range(num_ticks):
-        engine._tick()
+        engine.loop._tick()
     return durations
 
 
@@ -61,7 +61,7 @@ def test_step_duration_is_that_of_the_device_with_steps_ahead(
         cancelled = new_job(1)
         engine.submit(cancelled)
         engine.cancel(cancelled, InternalError())
-        engine._tick()  # This iteration has no rows.
+        engine.loop._tick()  # This iteration has no rows.
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1, 2])
@@ -76,7 +76,7 @@ def test_time_in_which_the_engine_waits_for_work_is_no_duration(
         engine.submit(new_job(1, num_steps=6))
         return has_work()
 
-    monkeypatch.setattr(engine._shared._condition, "wait_for", wait)
+    monkeypatch.setattr(engine._condition, "wait_for", wait)
     for _ in range(2):
         num_ticks = 1 + 6  # The engine waits in the first one.
         assert observed(engine, num_ticks, monkeypatch) == [DEVICE_SECONDS] * (6 - steps_ahead)
@@ -94,8 +94,8 @@ def test_duration_is_divided_by_the_prediction_for_the_same_step(
     engine, slowdowns = opened(new_engine(runner, max_batch=512)), list[float]()
     for step in range(40):
         engine.submit(new_job(512 if step % 2 else 1, num_steps=1))
-        engine._tick()
-        slowdowns.append(engine._shared._admission.step_times.slowdown)
+        engine.loop._tick()
+        slowdowns.append(engine._admission.step_times.slowdown)
     assert engine.num_steps == 40
     assert slowdowns == pytest.approx([1.0] * 40)
 
@@ -112,8 +112,8 @@ def test_duration_of_a_step_of_another_model_is_divided_by_its_own_prediction(mo
     engine, slowdowns = opened(new_engine(runner)), list[float]()
     for model in ("default", "fast", "fast", "default"):
         engine.submit(new_job(1, num_steps=1, model=model))
-        engine._tick()
-        slowdowns.append(engine._shared._admission.step_times.slowdown)
+        engine.loop._tick()
+        slowdowns.append(engine._admission.step_times.slowdown)
     assert slowdowns == pytest.approx([1.0] * 4)
 
 

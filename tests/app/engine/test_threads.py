@@ -16,9 +16,8 @@ import pytest
 from app import errors
 from app.api.http.requests import ClientGoneError
 from app.engine.backlog import Backlog
-from app.engine.engine import Engine
+from app.engine.engine import Engine, EngineState
 from app.engine.job import Frame, FrameRequest, ImageDone, Job, Progress, Trajectory
-from app.engine.shared_state import EngineState
 from app.engine.step_times import StepTimes
 from tests.app.fakes import (
     WAIT_SECONDS,

@@ -7,8 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from app.engine.engine import Engine
-from app.engine.shared_state import EngineState
+from app.engine.engine import Engine, EngineState
 from app.engine.watchdog import Watchdog
 
 SECONDS = 30.0

@@ -129,7 +129,7 @@ def test_gpu_is_selected_in_the_thread_that_runs_the_steps(gpus: list[tuple[str,
     chosen, step_threads = list[torch.device](), list[str]()
     runner = FakeRunner(on_step=lambda rows: step_threads.append(threading.current_thread().name))
     engine, job = new_engine(runner), new_job()
-    engine._load = lambda: chosen.append(choose_device(name)) or runner  # type: ignore[func-returns-value]
+    engine.loop._load = lambda: chosen.append(choose_device(name)) or runner  # type: ignore[func-returns-value]
     with running(engine):
         engine.ready.result(WAIT_SECONDS)
         engine.submit(job)

@@ -5,11 +5,10 @@ import copy
 import torch
 from torch import Tensor
 
-from app.engine.engine import Engine
 from app.engine.job import Job, JobRequest, Options
 from app.engine.step_times import StepTimes
-from app.metrics import Metrics
 from model.checkpoint import Checkpoint
+from tests.app.fakes import new_engine
 from tests.app.runner.rows import draw, equal, new_runner
 
 
@@ -24,11 +23,11 @@ def test_images_are_generated_in_smaller_batches_if_an_allocation_fails(loaded: 
         return denoise(x, c)
 
     program.denoise = denoise_few
-    engine = Engine(lambda: runner, capacity=100, max_batch=16, watchdog_seconds=1e6, metrics=Metrics())
-    engine._open(StepTimes({1: 1.0, 16: 1.0}))
+    engine = new_engine(runner, capacity=100, max_batch=16)
+    engine.open(runner, StepTimes({1: 1.0, 16: 1.0}))
     job = Job(request)
     engine.submit(job)
     while not job.closed:
-        engine._tick()
+        engine.loop._tick()
     assert equal(job.future.result(), draw(new_runner(loaded, torch.bfloat16), Job(request).unfinished))
-    assert engine._shared._admission.max_batch == 4
+    assert engine._admission.max_batch == 4

@@ -86,7 +86,7 @@ def test_failed_row_is_logged_with_its_request_id(caplog: pytest.LogCaptureFixtu
         await client.post("/generate", json=WORK, headers={"x-request-id": "find-me"})
 
     run(check, FakeRunner(on_step=fail))
-    (record,) = [record for record in caplog.records if record.name == "app.engine.engine"]
+    (record,) = [record for record in caplog.records if record.name == "app.engine.step_loop"]
     assert vars(record)["request_id"] == "find-me"
     assert record.exc_info
 

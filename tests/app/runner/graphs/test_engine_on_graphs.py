@@ -8,15 +8,13 @@ import torch
 
 from app import errors
 from app.api.http.requests import ClientGoneError
-from app.engine.engine import Engine
 from app.engine.job import ImageDone, Job, JobRequest, Options, Pixels, Progress
 from app.engine.step_times import StepTimes
-from app.metrics import Metrics
 from app.runner.graphs.graph_runner import GraphRunner
 from app.runner.graphs.shapes import Shape
 from app.runner.loaded_model import LoadedModel
 from model.checkpoint import Checkpoint
-from tests.app.fakes import backlog_of
+from tests.app.fakes import backlog_of, new_engine
 from tests.app.runner.late_device import LateDevice
 from tests.app.runner.rows import draw, equal, new_runner
 
@@ -48,14 +46,8 @@ class RandomRun:
         self.choose, broken = random.Random(seed), copy.deepcopy(loaded)
         broken.network.class_embed.weight.data[NAN_DIGIT] = torch.nan
         self.runner = GraphRunner({"default": broken}, LateDevice(seed), torch.float32, num_slots=4, most_rows=8)
-        self.engine = Engine(
-            lambda: self.runner,
-            capacity=1000,
-            max_batch=self.choose.choice([3, 16]),
-            watchdog_seconds=1e6,
-            metrics=Metrics(),
-        )
-        self.engine._open(StepTimes({1: 1.0, 16: 1.0}))
+        self.engine = new_engine(self.runner, max_batch=self.choose.choice([3, 16]))
+        self.engine.open(self.runner, StepTimes({1: 1.0, 16: 1.0}))
         self.jobs, self.cancelled = dict[Job, list[Progress | ImageDone]](), set[Job]()
         self._capture, self.runner._capture = self.runner._capture, self.capture  # type: ignore[method-assign]
 
@@ -78,9 +70,9 @@ class RandomRun:
 
     def tick(self) -> bool:
         """Runs one iteration. Returns False if there is nothing to do."""
-        has_work = any(self.engine.count_images()) or bool(self.engine._shared._abandoned)
+        has_work = any(self.engine.count_images()) or bool(self.engine._abandoned)
         if has_work:
-            self.engine._tick()
+            self.engine.loop._tick()
         return has_work
 
 

@@ -1,4 +1,4 @@
-"""Tests that the engine and its callers use the shared state only while they hold its lock."""
+"""Tests that the loop and the callers use the state of an engine only while they hold its lock."""
 
 import random
 import threading
@@ -8,9 +8,8 @@ import pytest
 
 from app import errors
 from app.api.http.requests import ClientGoneError
-from app.engine.engine import Engine
+from app.engine.engine import Engine, EngineState
 from app.engine.interface import DeviceLostError, OutOfMemoryError
-from app.engine.shared_state import EngineState
 from tests.app.engine.lock_guard import LockGuard
 from tests.app.engine.test_threads import (
     NUM_THREADS,
@@ -82,9 +81,9 @@ def test_engine_holds_the_lock_while_rows_fail(seed: int) -> None:
     ]
     for job in jobs:
         engine.submit(job)
-        engine._tick()
+        engine.loop._tick()
     while not all(job.closed for job in jobs):
-        engine._tick()
+        engine.loop._tick()
     assert guard.violations == set()
     assert {type(job.future.exception(0)) for job in jobs} == {errors.InternalError, type(None)}
 
@@ -121,20 +120,20 @@ def test_engine_holds_the_lock_when_it_ends(error: Exception | None) -> None:
 @pytest.mark.parametrize(
     ("use", "name"),
     [
-        (lambda engine: backlog_of(engine), "SharedState._backlog"),
-        (lambda engine: engine._shared._admission.max_batch, "Admission._limits"),
+        (lambda engine: backlog_of(engine), "EngineWithLoop._backlog"),
+        (lambda engine: engine._admission.max_batch, "Admission._limits"),
         (lambda engine: backlog_of(engine).waiting, "Backlog.waiting"),
         (lambda engine: backlog_of(engine).batch.rows, "Batch.rows"),
         (lambda engine: list(backlog_of(engine).with_previews), "with_previews"),
-        (lambda engine: engine._shared._abandoned.clear(), "SharedState._abandoned"),
-        (lambda engine: setattr(engine._shared, "_state", EngineState.OK), "SharedState._state"),
+        (lambda engine: engine._abandoned.clear(), "EngineWithLoop._abandoned"),
+        (lambda engine: setattr(engine, "_state", EngineState.OK), "EngineWithLoop._state"),
     ],
 )
 def test_use_without_the_lock_is_found(use: Callable[[Engine], object], name: str) -> None:
     engine = opened(new_engine(FakeRunner()))
     guard = LockGuard(engine)
     engine.submit(new_job())
-    with engine._shared._condition:
+    with engine._condition:
         use(engine)
     assert guard.violations == set()
     use(engine)
@@ -146,7 +145,7 @@ def test_iteration_that_continues_without_the_lock_is_found() -> None:
     guard = LockGuard(engine)
     for _ in range(2):
         engine.submit(new_job())
-    with engine._shared._condition:
+    with engine._condition:
         jobs = iter(backlog_of(engine).jobs)
         next(jobs)
     assert guard.violations == set()
