@@ -98,7 +98,7 @@ def test_request_with_an_earlier_deadline_overtakes_a_queued_one(one_row_service
 
 def test_expired_deadline_is_504_and_frees_the_rows(one_row_service: Service) -> None:
     """Stops the process with SIGSTOP until the deadline has passed, which simulates a stalled machine."""
-    body = {"digit": 1, "count": 8, "num_steps": 60}
+    body = {"digit": 1, "count": 8, "num_steps": 15}
     with one_row_service.events(body) as events:
         eta = first(events, "accepted")["eta_seconds"]
     one_row_service.wait_until_idle()

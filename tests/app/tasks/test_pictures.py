@@ -241,13 +241,9 @@ def test_changed_byte_in_png_pixels_is_refused() -> None:
     assert "damaged" in message_of(bytes(data))
 
 
-@pytest.mark.parametrize(
-    "data",
-    [animation("GIF", 2), animation("GIF", 10_000), animation("PNG", 2), animation("WEBP", 2)],
-    ids=["GIF", "GIF with 10,000 frames", "PNG", "WEBP"],
-)
-def test_animated_picture_is_refused(data: bytes) -> None:
-    assert message_of(data) == "The picture is animated. Send a picture with a single frame"
+@pytest.mark.parametrize(("name", "num_frames"), [("GIF", 2), ("GIF", 10_000), ("PNG", 2), ("WEBP", 2)])
+def test_animated_picture_is_refused(name: str, num_frames: int) -> None:
+    assert message_of(animation(name, num_frames)) == "The picture is animated. Send a picture with a single frame"
 
 
 @pytest.mark.parametrize("name", ["PNG", "GIF", "WEBP"])
