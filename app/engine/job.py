@@ -1,13 +1,8 @@
 """Jobs and their images: the progress of a request through the steps of its path. The tensors are in the runner.
 
 A job has all images of one request. A trajectory is one of these images. In a step, it is a row of the batch. The tasks
-differ in the image from which their trajectories start, in their path and in the pixels that are known:
-
-    generate    starts from noise at T
-    edit        starts from a sketch with noise at a lower timestep
-    denoise     starts from the noisy image at the timestep with the same noise level
-    inpaint     starts from noise, and the pixels outside of the mask are known
-    recognise   all pixels are known: each step compares the predictions of the classes with the image
+differ in the image from which their trajectories start, in their path and in the pixels that are known (see
+docs/tasks.md). If all pixels are known, each step compares the predictions of the classes with the image.
 
 If the class of an image is unknown, a job can first search for it. The search is one trajectory that compares the
 classes: each step takes one evaluation for each remaining class. Classes with much larger errors are dropped.

@@ -28,9 +28,9 @@ class FittingFields(BaseModel):
         default="auto",
         description="How the picture becomes an image of a model of handwriting, such as the shipped one. "
         "resize: the whole picture. digit: the drawing alone, as in MNIST (longest side 20 pixels, centred by mass). "
-        "auto: unchanged if the picture has 28x28 pixels, otherwise digit for /recognize, /edit and /score, and resize "
-        "for /denoise and /inpaint. With auto and resize, an image that was enlarged by an integer factor is first "
-        "reduced to its original pixels. For every other model, the image is the central square of the picture.",
+        "auto: unchanged if the picture has 28x28 pixels, otherwise digit (for /denoise and /inpaint, resize). With "
+        "auto and resize, an image that was enlarged by an integer factor is first reduced to its original pixels. For "
+        "every other model, the image is the central square of the picture.",
     )
     invert: Invert = Field(
         default="auto",

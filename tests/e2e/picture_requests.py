@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from tests.app.api.examples import GENERATING, REQUESTS
 from tests.e2e.process import TIMEOUT
 from tests.e2e.service import EVENTS, JSON, Pixels, Service, read_events
 
@@ -38,6 +39,7 @@ def mask() -> Pixels:
 
 
 IMAGE, MASK = encode(drawing()), encode(mask())
+FEW_STEPS = 12  # of requests made from the examples
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,20 @@ class Ask:
     path: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=lambda: {"image": IMAGE})
+
+    @classmethod
+    def of_example(cls, path: str) -> "Ask":
+        """Returns the first example of the operation as a request for two images in a few steps."""
+        body = {**next(iter(REQUESTS[path].values())), "seed": 5, "num_steps": FEW_STEPS, "count": 2}
+        names = {"image", "mask"} & body.keys()
+        files = {name: base64.b64decode(body.pop(name)) for name in names}
+        return cls(path, body, files)
+
+    def with_drawing(self, seed: int) -> "Ask":
+        """Returns the request with a random picture of the same size."""
+        with Image.open(io.BytesIO(self.files["image"])) as image:
+            resized = Image.fromarray(drawing(seed)).resize(image.size, Image.Resampling.NEAREST)
+        return self.having(image=encode(np.asarray(resized)))
 
     def having(self, **fields: Any) -> "Ask":
         """Returns the request with other fields. Values of type bytes are pictures."""
@@ -103,3 +119,4 @@ TASKS = {
     "edit": EDIT,
     "edit an unknown digit": Ask("/edit", {"seed": 7, "num_steps": 12, "strength": 0.4, "guidance_scale": 1.5}),
 }
+TASKS |= {path[1:]: Ask.of_example(path) for path in GENERATING if path not in {ask.path for ask in TASKS.values()}}

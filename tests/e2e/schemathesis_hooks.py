@@ -18,13 +18,10 @@ import httpx
 import schemathesis
 
 from app.api.openai.schemas import AUTO, MAX_PROMPT, Quality
-from tests.app.api.openai.samples import mask
-from tests.e2e.picture_requests import IMAGE, MASK
 from tests.e2e.process import TIMEOUT
 
 INFER_PATH = "/v2/models/{name}/infer"
-PICTURES = {"image": IMAGE, "mask": MASK}
-TRANSPARENT_MASK = mask()
+PICTURES = ("image", "mask")
 OPENAI, GENERATE, REPRODUCE = "/v1/", "/generate", "/reproduce"
 
 
@@ -58,11 +55,11 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
         case.body.setdefault("num_steps", 1)
         case.body.setdefault("digit", 7)  # without a search for it
     if isinstance(case.body.get("images"), list):
-        picture = base64.b64encode(IMAGE).decode()
+        (picture, *_) = example_of(case, "images")
         case.body["images"] = [picture if isinstance(each, str) else each for each in case.body["images"]]
-    for name in PICTURES.keys() & case.body.keys():
-        if isinstance(case.body[name], str):
-            case.body[name] = base64.b64encode(picture_of(case, name)).decode()
+    for name in PICTURES:
+        if isinstance(case.body.get(name), str):
+            case.body[name] = own_picture(case.operation.base_url) if case.path == REPRODUCE else example_of(case, name)
 
 
 def simplify_openai(body: dict[str, Any]) -> None:
@@ -81,19 +78,19 @@ def simplify_openai(body: dict[str, Any]) -> None:
         body["stream"] = False
 
 
-def picture_of(case: Any, field: str) -> bytes:
-    """Returns a picture that the route accepts."""
-    if case.path == REPRODUCE:
-        return own_picture(case.operation.base_url)
-    return TRANSPARENT_MASK if case.path.startswith(OPENAI) and field == "mask" else PICTURES[field]
+def example_of(case: Any, field: str) -> Any:
+    """Returns the value of the field in the first example that has it."""
+    examples = case.operation.definition.raw["requestBody"]["content"]["application/json"]["examples"].values()
+    return next(example["value"][field] for example in examples if field in example["value"])
 
 
 @cache
-def own_picture(base_url: str) -> bytes:
-    """Returns a picture that the service has generated. /reproduce accepts no other pictures."""
+def own_picture(base_url: str) -> str:
+    """Returns a picture that the service has generated, in base64. /reproduce accepts no other pictures."""
     url = f"{base_url.rstrip('/')}/generate"
     body, headers = {"digit": 7, "num_steps": 1}, {"accept": "image/png"}
-    return httpx.post(url, json=body, headers=headers, timeout=TIMEOUT).raise_for_status().content
+    answer = httpx.post(url, json=body, headers=headers, timeout=TIMEOUT).raise_for_status()
+    return base64.b64encode(answer.content).decode()
 
 
 def repair_inference(case: Any) -> None:

@@ -1,4 +1,4 @@
-"""POST /recognize, /denoise, /inpaint and /edit of a running service."""
+"""The tasks with pictures of a running service."""
 
 import base64
 import io
@@ -157,7 +157,7 @@ def test_lossless_formats_give_the_same_result(service: Service, alone: dict[str
 def test_results_are_the_same_under_a_mixed_load_of_all_tasks(service: Service, alone: dict[str, Result]) -> None:
     choose = random.Random(3)
     others = [
-        choose.choice(list(TASKS.values())).having(image=encode(drawing(seed)))
+        choose.choice(list(TASKS.values())).with_drawing(seed)
         if seed % 3
         else Ask("/generate", {"digit": seed % 10, "count": 4, "num_steps": choose.randint(5, 30)}, {})
         for seed in range(1, 41)

@@ -11,7 +11,7 @@ from app.api.service import InFlight
 from app.main import create_app
 from app.settings import Settings
 from app.tasks.images import encode_images, encode_sheet
-from tests.app.api.examples import REQUESTS
+from tests.app.api.examples import GENERATING, REQUESTS
 from tests.app.application import WORK, run
 from tests.app.fakes import WAIT_SECONDS, FakeRunner, Rows
 
@@ -110,7 +110,7 @@ TASKS: list[tuple[str, dict[str, Any]]] = [
         (path, {**body, "guidance_scale": 1 if body.get("mode") == "mean" else 2})
         for path, requests in REQUESTS.items()
         for body in requests.values()
-        if path in ("/denoise", "/inpaint", "/edit")
+        if path in GENERATING
     ),
     ("/edit", {**REQUESTS["/edit"]["one"], "strength": 0}),
 ]

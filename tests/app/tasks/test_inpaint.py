@@ -1,4 +1,3 @@
-import math
 from typing import Any
 
 import httpx
@@ -7,49 +6,10 @@ import pytest
 
 from app.engine.job import Pixels
 from app.tasks.inpaint import InpaintFields, MaskedPicture
-from model.noisy_image import NUM_PAIRS, ODDS_SCALE, PREDICTION_VARIANCE
-from tests.app.api.examples import PICTURE_TASKS, REQUESTS
+from tests.app.api.examples import REQUESTS
 from tests.app.application import run
-from tests.app.fakes import INFO, FakeRunner, recognised_class
+from tests.app.fakes import INFO, FakeRunner
 from tests.app.picture_samples import encode, grey
-
-NOISY: dict[str, Any] = REQUESTS["/denoise"]["sample"]
-
-
-@pytest.mark.parametrize("noise_std", [50.0, 300.0])
-def test_denoise_returns_the_probabilities_of_its_search(noise_std: float) -> None:
-    runner = FakeRunner(error_of=lambda row, label: 1.0 if label == recognised_class(row.job) else 3.0)
-
-    async def check(client: httpx.AsyncClient) -> None:
-        answer = (await client.post("/denoise", json={**NOISY, "seed": 4, "noise_std": noise_std, "count": 2})).json()
-        k = ODDS_SCALE / ((noise_std / 127.5) ** 2 + PREDICTION_VARIANCE)
-        odds = [1.0 if digit == answer["digit"] else math.exp(-k * 2.0 * 2 * NUM_PAIRS) for digit in range(10)]
-        expected = [each / sum(odds) for each in odds]
-        assert answer["probabilities"] == pytest.approx(expected, abs=5.1e-5)
-        assert answer["probabilities"] == [round(each, 4) for each in answer["probabilities"]]
-
-    run(check, runner)
-
-
-@pytest.mark.parametrize("changed", [{"digit": 7}, {"mode": "mean"}, {"noise_std": 900}, {"noise_std": 0}], ids=str)
-def test_probabilities_are_null_without_a_search(changed: dict[str, Any]) -> None:
-    async def check(client: httpx.AsyncClient) -> None:
-        answer = (await client.post("/denoise", json=NOISY | changed)).json()
-        assert answer["probabilities"] is None
-
-    run(check, FakeRunner())
-
-
-@pytest.mark.parametrize("path", ["/inpaint", "/edit"])
-def test_searches_of_other_tasks_return_no_probabilities(path: str) -> None:
-    body = {name: value for name, value in REQUESTS[path]["one"].items() if name != "digit"}
-
-    async def check(client: httpx.AsyncClient) -> None:
-        answer = (await client.post(path, json=body)).json()
-        assert answer["digit"] is not None
-        assert "probabilities" not in answer
-
-    run(check, FakeRunner())
 
 
 @pytest.mark.parametrize("factor", [2, 10])
@@ -94,32 +54,6 @@ def test_pixels_under_the_mask_have_no_influence(size: int) -> None:
     (redrawn, expected), (_, found) = (inpainted(mask, each) for each in (plain, light))
     assert np.array_equal(found[~redrawn], expected[~redrawn])
     assert np.array_equal(found, expected)
-
-
-@pytest.mark.parametrize("strength", [0.5, 1])
-def test_edit_of_full_strength_starts_from_noise_alone(strength: float) -> None:
-    runner = FakeRunner()
-
-    async def check(client: httpx.AsyncClient) -> None:
-        body = {**REQUESTS["/edit"]["one"], "digit": 3, "strength": strength}
-        assert (await client.post("/edit", json=body)).status_code == 200
-        start = runner.calls[0][0].input
-        assert start is not None
-        assert ((start.signal, start.noise) == (0.0, 1.0)) is (strength == 1)
-        assert start.signal**2 + start.noise**2 == pytest.approx(1)
-
-    run(check, runner)
-
-
-@pytest.mark.parametrize("path", PICTURE_TASKS)
-def test_unknown_model_is_refused_before_the_picture_is_decoded(path: str) -> None:
-    async def check(client: httpx.AsyncClient) -> None:
-        masks = {"mask": "AAAA"} if path == "/inpaint" else {}
-        response = await client.post(path, json={"image": "AAAA", "model": "none", **masks})
-        assert response.status_code == 422
-        assert response.json()["errors"][0]["loc"] == ["body", "model"]
-
-    run(check, FakeRunner())
 
 
 def test_fit_of_the_drawing_alone_is_refused_before_the_pictures_are_decoded() -> None:

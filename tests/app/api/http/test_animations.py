@@ -221,7 +221,7 @@ def test_recommended_number_of_previews_is_the_largest_that_is_permitted() -> No
 
 
 REQUESTS = [*STREAMED, ("/generate", {**WORK, "num_steps": 20})]
-IDS = ["generate", "inpaint", "edit", "denoise", "generate in 20 steps"]
+IDS = [*(path for path, _ in STREAMED), "/generate in 20 steps"]
 COLUMNS = {1: 1, 2: 2, 4: 2, 5: 3}  # count -> columns of the contact sheet
 
 

@@ -21,7 +21,7 @@ from app.engine.job import ImageDone, Pixels, Progress
 from app.main import create_app
 from app.settings import Settings
 from app.tasks.images import encode_image
-from tests.app.api.examples import REQUESTS
+from tests.app.api.examples import GENERATING, REQUESTS
 from tests.app.application import WORK, run
 from tests.app.fakes import FakeRunner, Gate, image, same, wait_until
 
@@ -294,8 +294,7 @@ def test_answered_job_is_freed_before_its_deadline(accept: str) -> None:
 EVENTS = {"Accept": "text/event-stream"}
 STREAMED = [
     ("/generate", {**WORK}),
-    *((path, {**REQUESTS[path]["one"], "seed": 1, "digit": 3}) for path in ("/inpaint", "/edit")),
-    ("/denoise", {**REQUESTS["/denoise"]["sample"], "seed": 1, "digit": 3}),
+    *((path, {**next(iter(REQUESTS[path].values())), "seed": 1, "digit": 3}) for path in GENERATING),
 ]
 
 
