@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from app import errors
 from app.engine.interface import ClipEmbedder, Embeddings
-from app.engine.job import Pixels
+from app.engine.job import Pixels, Timings
 from model.prompts import digit_prompt
 
 log = logging.getLogger(__name__)
@@ -49,15 +49,13 @@ Parts = Generator[int, None, Any]  # computes one part for each next(), yields i
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The result of a request with images. Times are from time.monotonic()."""
+    """The result of a request with images."""
 
     similarities: Similarities  # (N, P): cosine similarity of each image and each prompt
     real_digits: Similarities  # (P, 10): mean similarity of each prompt and the real digits of each class
     num_real_digits: int
     typical: float  # mean similarity of a real digit and its own prompt, such as "a handwritten digit seven"
-    submitted_at: float
-    started_at: float
-    finished_at: float
+    timings: Timings
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +140,7 @@ class ClipWorker:
         """
         with self._condition:
             work = _Work(
-                self._score_parts(images, prompts, time.monotonic()), len(images), self._num_new(len(images), prompts)
+                self._score_parts(images, prompts, Timings()), len(images), self._num_new(len(images), prompts)
             )
             self._refuse_unless_room(work.num_images, work.num_left, timeout)
             return self._add(self._images, work)
@@ -245,21 +243,20 @@ class ClipWorker:
         return np.stack(found)
 
     def _score_parts(
-        self, images: Sequence[Pixels], prompts: Sequence[str], submitted_at: float
+        self, images: Sequence[Pixels], prompts: Sequence[str], timings: Timings
     ) -> Generator[int, None, Scores]:
         """Embeds the prompts, and then the images."""
-        started_at = time.monotonic()
+        timings.started_at = time.monotonic()
         real = yield from self._real_parts()
         of_prompts = yield from self._prompt_parts(prompts)
         of_images = yield from self._image_parts(images)
+        timings.finished_at = time.monotonic()
         return Scores(
             of_images @ of_prompts.T,
             (real.embeddings @ of_prompts.T).mean(axis=1).T,
             real.embeddings.shape[0] * real.embeddings.shape[1],
             real.typical,
-            submitted_at,
-            started_at,
-            time.monotonic(),
+            timings,
         )
 
     def _real_parts(self) -> Generator[int, None, _RealDigits]:

@@ -355,7 +355,7 @@ class Sizes(NamedTuple):
 
 @dataclass(slots=True)
 class Timings:
-    """The times at which a job reached each stage, in seconds of time.monotonic()."""
+    """The times at which a request reached each stage, in seconds of time.monotonic()."""
 
     submitted_at: float = field(default_factory=time.monotonic)
     submitted_at_step: int = 0  # number of steps that the engine had finished at this time
@@ -364,7 +364,7 @@ class Timings:
 
     @property
     def phases(self) -> tuple[float, float]:
-        """The seconds that a finished job waited in the queue, and that its steps took."""
+        """The seconds that a finished request waited in the queue, and that its work took."""
         started, finished = self.started_at or self.submitted_at, self.finished_at or self.submitted_at
         return started - self.submitted_at, finished - started
 

@@ -34,12 +34,14 @@ class Timing(BaseModel):
     @classmethod
     def of(cls, timings: Timings) -> "Timing":
         """Returns the times of a finished job. The total time ends with this call."""
-        queue, denoise = timings.phases
-        return cls(
-            queue_seconds=round(queue, 6),
-            denoise_seconds=round(denoise, 6),
-            total_seconds=round(time.monotonic() - timings.submitted_at, 6),
-        )
+        queue, denoise, total = seconds_of(timings)
+        return cls(queue_seconds=queue, denoise_seconds=denoise, total_seconds=total)
+
+
+def seconds_of(timings: Timings) -> tuple[float, float, float]:
+    """Returns the seconds that a finished request waited in the queue, that its work took, and its age, rounded."""
+    queue, work = timings.phases
+    return round(queue, 6), round(work, 6), round(time.monotonic() - timings.submitted_at, 6)
 
 
 Evaluations = Annotated[

@@ -1,7 +1,6 @@
 """POST /score: compares pictures with prompts by CLIP."""
 
 import asyncio
-import time
 from typing import Annotated
 
 import numpy as np
@@ -18,10 +17,10 @@ from app.api.http.picture_fields import PICTURE, Base64
 from app.api.http.requests import cancel_on_disconnect
 from app.api.native.examples import CLIP, PREVIEW
 from app.api.native.operations import CLIP_STATUSES, PICTURE_STATUSES, picture_operation
-from app.api.native.schemas import ModelName
+from app.api.native.schemas import ModelName, seconds_of
 from app.api.operations import Router, picture
 from app.api.service import ServiceDependency
-from app.engine.clip_worker import Scores, Similarities
+from app.engine.clip_worker import Similarities
 from app.engine.interface import ModelInfo
 from app.engine.job import Pixels
 from app.tasks.clip_warnings import score_warning
@@ -159,7 +158,7 @@ async def score(request: Request, service: ServiceDependency) -> Response:
         future.cancel()
     assert service.engine.clip
     unknown = await asyncio.to_thread(service.engine.clip.unknown_words, body.prompts)
-    timing = _timing(scores)
+    queue, embed, total = seconds_of(scores.timings)
     response = ScoreResponse(
         clip=ModelName(name=service.clip_info.name, sha256=service.clip_info.sha256),
         prompts=body.prompts,
@@ -167,9 +166,9 @@ async def score(request: Request, service: ServiceDependency) -> Response:
         images=[_facts(image) for image in images],
         real_digits=RealDigits(count=scores.num_real_digits, similarities=_rounded(scores.real_digits)),
         warning=score_warning(scores, unknown),
-        timing=timing,
+        timing=ScoreTiming(queue_seconds=queue, embed_seconds=embed, total_seconds=total),
     )
-    phases = f"queue;dur={1000 * timing.queue_seconds:.3f}, embed;dur={1000 * timing.embed_seconds:.3f}"
+    phases = f"queue;dur={1000 * queue:.3f}, embed;dur={1000 * embed:.3f}"
     return Response(response.model_dump_json(), media_type=JSON, headers={"Server-Timing": phases})
 
 
@@ -185,12 +184,3 @@ def _facts(image: PreparedImage) -> ScoredImage:
 
 def _rounded(similarities: Similarities) -> list[list[float]]:
     return [[round(value, DECIMALS) for value in row] for row in similarities.tolist()]
-
-
-def _timing(scores: Scores) -> ScoreTiming:
-    """Returns the times of finished work. The total time ends with this call."""
-    return ScoreTiming(
-        queue_seconds=round(scores.started_at - scores.submitted_at, 6),
-        embed_seconds=round(scores.finished_at - scores.started_at, 6),
-        total_seconds=round(time.monotonic() - scores.submitted_at, 6),
-    )

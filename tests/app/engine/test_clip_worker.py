@@ -74,7 +74,7 @@ def test_similarities_are_the_dot_products_of_the_embeddings() -> None:
         scores = result(worker.score(images(*levels), prompts, 30))
     expected = [[np.cos(level - len(prompt)) for prompt in prompts] for level in levels]
     np.testing.assert_allclose(scores.similarities, expected, atol=1e-6)
-    assert scores.submitted_at <= scores.started_at <= scores.finished_at
+    assert scores.timings.submitted_at <= scores.timings.started_at <= scores.timings.finished_at
 
 
 def test_known_prompts_are_not_embedded() -> None:

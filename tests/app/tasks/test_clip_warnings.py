@@ -2,13 +2,14 @@ import numpy as np
 import pytest
 
 from app.engine.clip_worker import Scores
+from app.engine.job import Timings
 from app.tasks.clip_warnings import prompt_warning, score_warning
 
 TYPICAL = 0.26
 
 
 def scores(*similarities: list[float]) -> Scores:
-    return Scores(np.array(similarities, np.float32), np.zeros((2, 10), np.float32), 100, TYPICAL, 0, 0, 0)
+    return Scores(np.array(similarities, np.float32), np.zeros((2, 10), np.float32), 100, TYPICAL, Timings())
 
 
 @pytest.mark.parametrize("similarities", [None, (0.25, TYPICAL), (0.066, TYPICAL), (0.9, TYPICAL)], ids=str)
