@@ -19,9 +19,9 @@ import uvicorn
 import app.main
 import app.runner.load
 from app.__main__ import main
-from app.engine.engine import Engine
 from app.engine.interface import DeviceLostError, OutOfMemoryError
 from app.engine.job import StepRows, Trajectory
+from app.engine.step_loop import StepLoop
 from app.engine.step_times import StepTimes
 from app.runner.runner import Runner
 
@@ -108,7 +108,7 @@ def _fail(*args: Any) -> None:
 
 if __name__ == "__main__":
     if os.environ.get("FAULT_AT_START") == "lifespan":
-        Engine.start = _fail  # type: ignore[method-assign]
+        StepLoop.start = _fail  # type: ignore[method-assign]
     if os.environ.get("FAULT_AT_START") == "server":
         uvicorn.Config.load = _fail  # type: ignore[method-assign]
     app.runner.load.Runner = FaultyRunner  # type: ignore[misc] # what load_runner creates
