@@ -55,12 +55,12 @@ export function use(loaded) {
 export async function drawingChanged(task) {
   ({ limits } = await about());
   if (!model.has_picture_tasks) return;
+  for (const name of ["denoise", "inpaint", "edit"]) {
+    if (!shown[name]) showHint(name, pad.isEmpty ? `Draw ${model.thing} first.` : "");
+  }
   if (task === "recognize") await recognize();
   if (task === "inpaint") {
     await guarded("inpaint", async () => mask.setValues((await values()) ?? new Float32Array(model.width * model.height)));
-  }
-  for (const name of ["denoise", "inpaint", "edit"]) {
-    if (!shown[name]) showHint(name, pad.isEmpty ? `Draw ${model.thing} first.` : "");
   }
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from model.spec import SHIPPED
 from tests.e2e.browser.conftest import DESKTOP, PHONE, Open
@@ -86,6 +86,21 @@ def test_noise_is_added_and_removed(shipped: Service, open_page: Open) -> None:
     assert float(estimated[1]) == pytest.approx(120, rel=0.25)  # one image; the mean error is about 4%
     decibels = [float(each) for each in re.findall(r"([\d.]+) dB", page.locator("#denoise-result").inner_text())]
     assert decibels[1] > decibels[0] + 8  # the prediction is much closer to the drawing than the noisy image
+
+
+def test_hint_of_a_task_stays_when_a_recognition_ends(shipped: Service, open_page: Open) -> None:
+    page, waiting = open_page(shipped, "#/draw"), list[Route]()
+    page.route("**/recognize", lambda route: waiting.append(route))
+    with page.expect_request("**/recognize"):
+        draw_seven(page)
+    page.get_by_role("tab", name="Fill in").click()
+    page.get_by_role("button", name="Fill in").click()
+    hint = page.get_by_text("Paint over the part to fill in")
+    expect(hint).to_be_visible()
+    with page.expect_response("**/recognize"):
+        waiting[0].continue_()
+    expect(verdict(page)).to_have_text("7")
+    expect(hint).to_be_visible()
 
 
 def test_marked_part_is_filled_in_and_the_rest_is_kept(shipped: Service, open_page: Open) -> None:

@@ -210,7 +210,7 @@ def test_dialog_moves_between_finished_images_by_keyboard(service: Service, open
 def test_dialog_of_a_cancelled_run_skips_unfinished_images(start: Start, open_page: Open) -> None:
     service = start(UNFOG_MAX_BATCH="4", UNFOG_REQUEST_TIMEOUT="300")
     page = open_page(service)
-    generate(page, label="1", count="64", num_steps="60", seed="1")
+    generate(page, label="1", count="32", num_steps="50", seed="1")
     expect(page.locator("#generate-stage button.tile:enabled").first).to_be_hidden()
     page.wait_for_timeout(500)
     wait_until(lambda: service.metrics().value("images_total", digit="1") >= 2, "two images are finished")
@@ -222,7 +222,7 @@ def test_dialog_of_a_cancelled_run_skips_unfinished_images(start: Start, open_pa
     for _ in range(count):
         page.get_by_role("button", name="Next").click()
         expect(page.locator(".detail-image")).not_to_have_attribute("src", re.compile("null|undefined"))
-    expect(page.get_by_role("heading", name="Image 1 of 64")).to_be_visible()
+    expect(page.get_by_role("heading", name="Image 1 of 32")).to_be_visible()
 
 
 def test_guidance_scale_of_the_address_is_not_rounded(service: Service, open_page: Open) -> None:
