@@ -17,7 +17,6 @@ from model import checkpoint
 from model.checkpoint import CheckpointConfig, Probe
 from model.clip import EMBEDDED, Clip
 from model.compiled.compiler import library_of
-from model.files import write_atomically
 from model.png import encode_png
 from model.precision import fast_dtype
 from model.prompts import digit_prompt
@@ -29,7 +28,6 @@ from scripts import sample
 from scripts.common import drawing
 from tests.model.tiny_checkpoint import tiny_checkpoint
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
-from tests.shared_builds import SharedBuilds
 from tests.tiny import COMPILED, tiny_unet
 
 
@@ -176,15 +174,16 @@ def test_without_a_compiler_auto_runs_uncompiled_and_on_fails(tiny: Path, tmp_pa
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
-def test_second_run_uses_the_compiled_step_of_the_first_run(tmp_path: Path, shared_builds: SharedBuilds) -> None:
-    tiny, cache, cpu = tiny_checkpoint(tmp_path, **COMPILED), tmp_path / "cache", torch.device("cpu")
-    program = ReverseStep(checkpoint.load(tiny), cpu, fast_dtype(cpu))
-    with shared_builds.locked(program) as shared:  # Other tests use the result of this compilation.
-        status, said, failed = sample_process(tiny, tmp_path / "first.png", cache)
-        assert (status, failed) == (0, "")
-        assert "compil" in said.splitlines()[0].lower()
-        assert library_of(program, cache).exists()
-        write_atomically(shared, library_of(program, cache).read_bytes())
+def test_second_run_uses_the_compiled_step_of_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny, cache, first = tiny_checkpoint(tmp_path, **COMPILED), tmp_path / "cache", tmp_path / "first.png"
+    monkeypatch.setenv("UNFOG_CACHE_DIR", str(cache))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sample.main([f"--checkpoint={tiny}", f"--out={first}", "--digit=7", "--num-steps=2", "--seed=5", "--compile"])
+    assert "compil" in capsys.readouterr().out.splitlines()[0].lower()
+    cpu = torch.device("cpu")
+    assert library_of(ReverseStep(checkpoint.load(tiny), cpu, fast_dtype(cpu)), cache).exists()
     status, said, failed = sample_process(tiny, tmp_path / "second.png", cache, CXX="no-such-compiler")
     assert (status, failed) == (0, "")
     assert said.splitlines() == [f"wrote 1 image with seed 5: {tmp_path / 'second.png'}"]

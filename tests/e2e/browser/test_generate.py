@@ -352,7 +352,7 @@ def test_full_queue_counts_down_and_then_the_request_can_be_repeated(
     watched.expected.append("429")
     page = open_page(service)
     expect(page.locator('input[name="model"]')).to_have_count(1)
-    with service.events({"digit": 1, "count": 64, "num_steps": 40}) as events:
+    with service.events({"digit": 1, "count": 64, "num_steps": 20}) as events:
         next(events)
         generate(page, label="2", count="64", num_steps="2", seed="1")
         expect(page.get_by_role("heading", name="The service is busy")).to_be_visible()

@@ -354,10 +354,10 @@ def test_gpu_step_is_compiled_for_no_other_shape_after_the_shapes_to_compile(tmp
             for shape in shapes_to_compile():
                 runner._run_step(compiled, shape)
             assert len(graphs) == 6
-            for rows, further in itertools.product((1, 2, 4, 8, 32), (0, 1, 2, 9, 32)):
+            for rows, further in itertools.product((1, 8, 32), (0, 1, 9)):
                 for has_known in (False, True):
                     runner._run_step(compiled, Shape(rows, further, has_known))
-        for max_batch in (1, 64):
+        for max_batch in (5, 64):
             assert equal(draw(runner, mixed_rows(), max_batch), draw(expected, mixed_rows(), max_batch))
     finally:
         torch._dynamo.reset()
