@@ -227,7 +227,7 @@ def backlog_of(engine: Engine) -> Backlog:
 
 def tick(engine: EngineWithLoop) -> None:
     """Runs one iteration of the engine's loop, unless its thread would wait for work."""
-    if any(engine.count_images()) or engine._abandoned:
+    if backlog_of(engine).jobs or engine._abandoned:
         engine.loop._tick()
 
 

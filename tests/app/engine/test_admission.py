@@ -79,6 +79,14 @@ def test_job_that_cannot_finish_in_time_is_refused() -> None:
     assert len(admission.backlog) == 1
 
 
+def test_job_that_would_be_late_by_a_fraction_of_a_second_is_refused() -> None:
+    admission = Admission(1024, None)
+    admission.open(StepTimes({1: 0.001, 16: 0.005}))
+    admit_all(admission, job(16))
+    with pytest.raises(errors.Overloaded, match="deadline"):
+        admission.admit(job(16, timeout=0.06), NOW)  # It needs about 0.1 s.
+
+
 def test_job_that_would_make_an_admitted_job_late_is_refused() -> None:
     admission = new_admission()
     # The bound of this job is 99.4 s, or 104.4 s with a step in progress. Its target is 112.5 s.

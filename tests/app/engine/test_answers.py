@@ -2,6 +2,8 @@
 
 import threading
 
+import pytest
+
 from app.api.http.requests import ClientGoneError
 from app.engine.job import ImageKey, Job
 from tests.app.fakes import (
@@ -71,6 +73,20 @@ def test_rows_cancelled_during_a_step_are_released() -> None:
         assert same(staying.future.result(WAIT_SECONDS), images(staying))
         wait_until(lambda: not runner.held)
     assert sum(any(row.job is leaving for row in rows) for rows in runner.calls) == 1
+
+
+def test_rows_of_a_cancelled_job_are_released_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, released = FakeRunner(), Rows()
+    engine = opened(new_engine(runner))
+    leaving, staying = new_job(2, num_steps=9, seed=1), new_job(num_steps=9, seed=2)
+    for job in (leaving, staying):
+        engine.submit(job)
+    tick(engine)
+    engine.cancel(leaving, ClientGoneError())
+    monkeypatch.setattr(runner, "release", released.extend)
+    for _ in range(3):
+        tick(engine)
+    assert [row.index for row in released] == [0, 1]
 
 
 def test_cancel_of_an_answered_job_does_not_wait_for_the_engine() -> None:

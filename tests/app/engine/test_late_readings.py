@@ -199,6 +199,19 @@ def test_row_with_nan_fails_when_its_result_is_read() -> None:
     assert not runner.held
 
 
+def test_nan_of_a_cancelled_job_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    runner = LateRunner()
+    engine = opened(new_engine(runner))
+    runner.not_finite = lambda row: True
+    job = new_job(num_steps=1)
+    engine.submit(job)
+    engine.loop._tick()
+    engine.cancel(job, ClientGoneError())
+    engine.loop._tick()
+    assert runner.num_waits == 1  # its result was read
+    assert "Row failed" not in caplog.messages
+
+
 def test_device_that_is_lost_while_a_result_is_read_fails_the_engine() -> None:
     runner = LateRunner()
     engine = opened(new_engine(runner))

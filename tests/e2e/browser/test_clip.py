@@ -173,6 +173,10 @@ def hold_first() -> Callable[[Route], None]:
     return answer
 
 
+def hold(route: Route) -> None:
+    """Gives no answer."""
+
+
 def is_score(request: Request) -> bool:
     return request.url.endswith("/score")
 
@@ -181,8 +185,11 @@ def test_new_run_cancels_the_call_of_the_previous_run(service: Service, open_pag
     page = open_page(service, prepare=stub(score=hold_first()))
     with page.expect_request(is_score):
         generate(page, label="4", count="2", num_steps="3")
-    with page.expect_event("requestfailed", is_score):
+    page.route("**/generate?*", hold)
+    with page.expect_event("requestfailed", is_score):  # while the new run has no images
         generate(page, label="5")
+    page.unroute("**/generate?*", hold)
+    generate(page, label="5")
     expect(explanation(page)).to_contain_text(digit_prompt(5))
 
 

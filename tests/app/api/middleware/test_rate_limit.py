@@ -88,6 +88,15 @@ def test_callers_with_the_oldest_requests_are_removed(clock: Clock, monkeypatch:
         limiter.hit("a frequent caller")
 
 
+def test_caller_with_the_newest_request_is_kept(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.api.middleware.rate_limit.MAX_CALLERS", 2)
+    limiter = RateLimiter(parsed("1/day"), clock)
+    for caller in ("oldest", "older", "newest"):
+        limiter.hit(caller)
+    with pytest.raises(errors.RateLimited):
+        limiter.hit("newest")
+
+
 def test_limiter_starts_no_thread(clock: Clock) -> None:
     before = threading.active_count()
     limiter = RateLimiter(parsed("600/minute"), clock)

@@ -158,6 +158,18 @@ def test_row_has_its_options_and_the_evaluations_of_the_step(job: Job, expected:
         assert second == expected[1] | {"guided": True, "evaluations": 2}
 
 
+def test_row_without_a_step_has_no_evaluations() -> None:
+    batches: list[Batch] = []
+    engine = opened(new_engine(FakeRunner(), max_batch=1))
+    engine.feed.receiver = lambda message: batches.append(message) if isinstance(message, Batch) else None
+    for timeout in (50, 20):  # The second job comes before the first one, whose image has started.
+        engine.submit(new_job(timeout=timeout))
+        engine.feed.is_wanted = True
+        tick(engine)
+    rows = json.loads(encode_batch(batches[-1]).decode().split("\ndata: ")[1])["rows"]
+    assert rows == [row(job=2), row(step=1, evaluations=0)]
+
+
 def test_first_event_of_an_idle_engine_has_no_rows() -> None:
     async def main() -> None:
         async with application(FakeRunner()) as app:
