@@ -15,7 +15,8 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 
 from tests.e2e.service import Service
 
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+# The first one has no code for windows. The tests take 28% less time with it.
+PROGRAMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 # Without an address, opening the page starts a run of four images.
 FIRST_VISIT, ONE_IMAGE = "", "#/generate?count=1"
