@@ -1,31 +1,73 @@
-"""Trains a network on MNIST with a preset: `python -m scripts.train --preset default --out runs/default`.
+"""Trains a network on your own pictures or on MNIST: `python -m scripts.train --data pictures --out runs/pictures`.
 
-Run the same command again to resume from the last complete epoch. On a CPU, the result has the same bits as an
-uninterrupted run.
+Without --data it trains on MNIST, which it downloads. Run the same command again to resume from the last saved state.
+On a CPU, the result has the same bits as an uninterrupted run.
 """
 
-from scripts.common.arguments import Parser, add_data_argument, add_training_arguments, from_arguments
-from scripts.common.errors import reports_errors
+from functools import partial
+from pathlib import Path
+
+from scripts.common.arguments import Parser, add_data_argument, add_training_arguments, from_arguments, integer
+from scripts.common.data.data_set import LARGEST_IMAGE, DataSet, load_data
+from scripts.common.data.first_look import lines_about, save_sheet
+from scripts.common.errors import ScriptError, reports_errors
+from scripts.common.mnist import mnist_data
 from scripts.common.progress import Reporter
 from scripts.common.stopping import stops_soon
-from scripts.training.loop import TrainingRequest, train_on_mnist
+from scripts.training.auto import AUTO
+from scripts.training.loop import TrainingRequest, train_on
 from scripts.training.recipe import preset_names
 from scripts.training.run import stop_message
+
+SHEET = "data.png"
 
 
 @reports_errors("train")
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.image_size and not args.data:
+        parser.error("--image-size needs --data")
+    args.preset = args.preset or (AUTO if args.data else "default")
     with Reporter(lambda: stop_message("train", args.out), stop=stops_soon) as reporter:
-        train_on_mnist(from_arguments(TrainingRequest, args), args.data_dir, reporter)
+        load = partial(own_data, args.data, args.image_size, args.out, reporter)
+        load = load if args.data else partial(mnist_data, args.data_dir)
+        train_on(from_arguments(TrainingRequest, args), load, reporter)
+
+
+def own_data(path: Path, image_size: int | None, out: Path, reporter: Reporter) -> DataSet:
+    """Loads the pictures of the user and says what they are. Raises ScriptError."""
+    if path.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ScriptError(f"--out {out} is in the folder of the data, which stays unchanged. Use another folder")
+    data = load_data(path, reporter, image_size)
+    for line in lines_about(data):
+        reporter.line(line)
+    save_sheet(data, out / SHEET)
+    reporter.line(f"wrote some training images of each class to {out / SHEET}")
+    return data
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="python -m scripts.train", description=__doc__)
     parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="a folder or a zip file with a folder of pictures for each class, Parquet files of the Hugging Face Hub, "
+        "an NPZ file in the layout of MedMNIST, or IDX files; default: MNIST",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=integer(8, LARGEST_IMAGE),
+        metavar="PIXELS",
+        help=f"width and height of the images, at most {LARGEST_IMAGE}; default: that of the pictures if they are "
+        "equal squares, otherwise 32",
+    )
+    parser.add_argument("--flip", action="store_true", help="mirror half of the training images; not for digits")
+    parser.add_argument(
         "--preset",
-        default="default",
-        help=f"{', '.join(preset_names(of_students=False))}, or a path to a .toml file; default: default",
+        help=f"{', '.join(preset_names(of_students=False))}, a path to a .toml file, or {AUTO}, which chooses it for "
+        f"the data; default: {AUTO} with --data, otherwise default",
     )
     add_data_argument(parser)
     add_training_arguments(parser)

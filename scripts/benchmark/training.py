@@ -7,7 +7,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from model.compiled.memory import keep_freed_memory
@@ -18,7 +18,8 @@ from model.unet import UNet
 from scripts.benchmark.machine import matrix_rate, this_device, this_machine
 from scripts.benchmark.report import with_spread
 from scripts.benchmark.step_time import flop_of
-from scripts.common.mnist import load_mnist
+from scripts.common.data.data_set import DataSet, ImageSet
+from scripts.common.mnist import mnist_data
 from scripts.common.progress import Reporter
 from scripts.evaluation.tables import as_table
 from scripts.training.objective import DenoisingObjective
@@ -41,29 +42,24 @@ def measure_training(preset: str, num_steps: int, repeats: int, data_dir: Path, 
     The limit is the matrix rate divided by the arithmetic of training with one image.
     """
     recipe, device = load_recipe(preset), this_device()
-    images, labels = load_mnist("train", data_dir)
+    data = mnist_data(data_dir)
     keep_freed_memory()  # scripts.train does the same
     limit = matrix_rate(device) / (PASSES * flop_of(UNet(recipe.unet)))
     rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     for repeat in range(repeats):
         for name, found in rates.items():
-            found.append(images_a_second(name, recipe, images, labels, device, num_steps))
+            found.append(images_a_second(name, recipe, data, device, num_steps))
             reporter.line(f"{repeat + 1}: {name}: {found[-1]:.1f} images/s")
     reporter.line(as_table(TRAINING_COLUMNS, training_table(rates, limit)))
     write_json(out, {"machine": this_machine().as_json(), "limit": limit, "images_a_second": rates})
 
 
-def images_a_second(
-    name: str, recipe: Recipe, images: Tensor, labels: Tensor, device: torch.device, num_steps: int
-) -> float:
-    """Returns the speed of a training loop of CONTESTANTS over `num_steps` steps.
-
-    `images` are uint8 (N, C, H, W), `labels` (N,).
-    """
+def images_a_second(name: str, recipe: Recipe, data: DataSet, device: torch.device, num_steps: int) -> float:
+    """Returns the speed of a training loop of CONTESTANTS over `num_steps` steps."""
     if name == "a plain loop":
-        times = list(islice(plain_loop(recipe, images, labels, device), WARM_UP_STEPS + num_steps + 1))
+        times = list(islice(plain_loop(recipe, data.learn, device), WARM_UP_STEPS + num_steps + 1))
     else:
-        times = of_trainer(recipe, images, labels, device, num_steps, compiled=name == "scripts.train")
+        times = of_trainer(recipe, data, device, num_steps, compiled=name == "scripts.train")
     steps = [later - earlier for earlier, later in pairwise(times[WARM_UP_STEPS:])]
     return recipe.batch_size * len(steps) / sum(steps)
 
@@ -73,9 +69,7 @@ def training_table(rates: Mapping[str, Sequence[float]], limit: float) -> list[l
     return [[name, with_spread(found), f"{statistics.median(found) / limit:.0%}"] for name, found in rates.items()]
 
 
-def of_trainer(
-    recipe: Recipe, images: Tensor, labels: Tensor, device: torch.device, num_steps: int, *, compiled: bool
-) -> list[float]:
+def of_trainer(recipe: Recipe, data: DataSet, device: torch.device, num_steps: int, *, compiled: bool) -> list[float]:
     """Trains with scripts.train's trainer. Returns the time after each step, in seconds of `time.perf_counter`."""
     times: list[float] = []
 
@@ -84,7 +78,7 @@ def of_trainer(
         if len(times) > WARM_UP_STEPS + num_steps:
             raise _EnoughError
 
-    objective = DenoisingObjective(recipe, images, labels, device)
+    objective = DenoisingObjective(recipe, data.learn, data.validate, device)
     trainer = Trainer(recipe, objective, seed=0, device=device, compiled=compiled)
     trainer.steps_per_report = 1  # `record` is then called after each step
     try:
@@ -94,12 +88,12 @@ def of_trainer(
         return times
 
 
-def plain_loop(recipe: Recipe, images: Tensor, labels: Tensor, device: torch.device) -> Iterator[float]:
+def plain_loop(recipe: Recipe, learn: ImageSet, device: torch.device) -> Iterator[float]:
     """Trains the same network to predict eps, with a DataLoader in float32. Yields the time after each step."""
     network, schedule = UNet(recipe.unet).to(device), Schedule(recipe.schedule)
     alpha_bar = schedule.alpha_bar.float().to(device)  # (T + 1,)
     optimizer = torch.optim.Adam(network.parameters(), lr=recipe.optimizer.lr)
-    examples = TensorDataset(from_pixels(images), labels.long())
+    examples = TensorDataset(from_pixels(learn.images), learn.labels)
     while True:
         for x_0, y in DataLoader(examples, recipe.batch_size, shuffle=True, drop_last=True):
             x_0, y = x_0.to(device), y.to(device)  # (B, C, H, W), (B,)

@@ -258,3 +258,4 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "an error; off: never",
     )
     parser.add_argument("--num-threads", type=integer(1, 1024), help="number of CPU threads; default: chosen by torch")
+    parser.set_defaults(flip=False)  # scripts.train has an option for it

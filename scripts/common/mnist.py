@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.spec import DIGITS
+from scripts.common.data.data_set import DataSet, ImageSet
 from scripts.common.errors import ScriptError
 
 NUM_VALIDATION = 5_000
@@ -34,6 +36,13 @@ def load_mnist(split: Literal["train", "test"], data_dir: Path) -> tuple[Tensor,
     images = _read(folder, f"{prefix}-images-idx3-ubyte").reshape(-1, 1, 28, 28)
     labels = _read(folder, f"{prefix}-labels-idx1-ubyte")
     return torch.from_numpy(images), torch.from_numpy(labels).long()
+
+
+def mnist_data(data_dir: Path) -> DataSet:
+    """Returns the training split of MNIST as data for training. Raises the errors of `load_mnist`."""
+    learn, validate = (ImageSet(*each) for each in split_validation(*load_mnist("train", data_dir)))
+    known_as = f"MNIST, training split less the last {NUM_VALIDATION} images"
+    return DataSet("MNIST", DIGITS, learn, validate, validate, known_as=known_as)
 
 
 def split_validation(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

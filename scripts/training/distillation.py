@@ -219,7 +219,7 @@ def distil(request: TrainingRequest, teacher: Path, reporter: Reporter) -> None:
     )
     minutes_left = (end - time.perf_counter()) / 60
     time_limit = max(minutes_left, NO_TIME) if request.time_limit else None
-    train(trainer, request.run_of(recipe, data), reporter, time_limit=time_limit)
+    train(trainer, request.run_of(recipe, data, loaded.config.class_names), reporter, time_limit=time_limit)
 
 
 def _check(recipe: Recipe, teacher: Checkpoint) -> DistillationRecipe:

@@ -1,6 +1,8 @@
-"""Runs the training loop. Resumes from the last complete epoch in the run folder."""
+"""Runs the training loop. Resumes from the last saved state in the run folder."""
 
+import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,20 +10,23 @@ import torch
 
 from model.compiled.memory import keep_freed_memory
 from model.precision import can_compile, no_compiler
+from scripts.common.data.data_set import DataSet
 from scripts.common.errors import ScriptError
-from scripts.common.mnist import NUM_VALIDATION, load_mnist
 from scripts.common.progress import Reporter
+from scripts.training.auto import AUTO, choices_for, describe
 from scripts.training.objective import DenoisingObjective
 from scripts.training.recipe import Recipe, load_recipe
-from scripts.training.run import Run
+from scripts.training.run import MODEL, Run
 from scripts.training.trainer import EpochResult, Trainer
+
+SAVE_SECONDS = 120.0  # within an epoch, the state is saved after this time
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingRequest:
     """Values of the options of `arguments.add_training_arguments`."""
 
-    preset: str
+    preset: str  # the name of a preset, or a path to a .toml file
     out: Path  # run folder
     epochs: int | None = None  # None means the number in the preset
     time_limit: float | None = None  # minutes
@@ -30,10 +35,13 @@ class TrainingRequest:
     compile: str = "auto"  # auto, on or off
     num_threads: int | None = None  # None means torch's default
 
-    def load_recipe(self) -> Recipe:
-        """Returns the recipe of the preset with the requested number of epochs. Raises ScriptError if it is invalid."""
-        recipe = load_recipe(self.preset)
-        return recipe.model_copy(update={"epochs": self.epochs}) if self.epochs else recipe
+    flip: bool = False  # mirror half of the training images
+
+    def load_recipe(self, data: DataSet | None = None) -> Recipe:
+        """Returns the recipe of the preset for the data, with the requested changes. Raises ScriptError."""
+        recipe = load_recipe(self.preset, data)
+        changes = {"epochs": self.epochs, "flip": self.flip or None}
+        return recipe.model_copy(update={name: value for name, value in changes.items() if value is not None})
 
     def prepare(self) -> tuple[torch.device, bool]:
         """Sets torch's threads and allocator. Returns the device, and True if the training step will be compiled.
@@ -46,23 +54,29 @@ class TrainingRequest:
         device = choose_device(self.device)
         return device, should_compile(self.compile, device)
 
-    def run_of(self, recipe: Recipe, data: str) -> Run:
+    def run_of(self, recipe: Recipe, data: str, class_names: tuple[str, ...]) -> Run:
         """Returns the run of the folder `out`. `data` describes the training data."""
-        return Run(self.out, Path(self.preset).stem, recipe, self.seed, data)
+        return Run(self.out, Path(self.preset).stem, recipe, self.seed, data, class_names)
 
 
-def train_on_mnist(request: TrainingRequest, data_dir: Path, reporter: Reporter) -> None:
-    """Trains the network of the preset on the training split of MNIST. Raises ScriptError if training cannot start."""
-    recipe = request.load_recipe()
-    if recipe.distillation:
+def train_on(request: TrainingRequest, load: Callable[[], DataSet], reporter: Reporter) -> None:
+    """Trains the network of the preset on the data that `load` returns. Raises ScriptError if it cannot start."""
+    if request.preset != AUTO and request.load_recipe().distillation:
         raise ScriptError(f"the preset {request.preset} is for distillation. Use it with scripts.distil")
     device, compiled = request.prepare()
-    images, labels = load_mnist("train", data_dir)
+    data = load()  # after everything that can be checked without it, because it can take minutes
+    if request.preset == AUTO:
+        reporter.line(f"chosen for this data: {', '.join(describe(choices_for(data)))}")
+    recipe = request.load_recipe(data)
+    if recipe.batch_size > len(data.learn):
+        raise ScriptError(
+            f"batch_size is {recipe.batch_size}, but there are only {len(data.learn)} training images. "
+            "Use --preset auto"
+        )
+    objective = DenoisingObjective(recipe, data.learn, data.validate, device)
     request.out.mkdir(parents=True, exist_ok=True)
-    objective = DenoisingObjective(recipe, images, labels, device)
     trainer = Trainer(recipe, objective, seed=request.seed, device=device, compiled=compiled)
-    run = request.run_of(recipe, f"MNIST, training split less the last {NUM_VALIDATION} images")
-    train(trainer, run, reporter, time_limit=request.time_limit)
+    train(trainer, request.run_of(recipe, data.description, data.class_names), reporter, time_limit=request.time_limit)
 
 
 def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float | None = None) -> None:
@@ -94,13 +108,26 @@ def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float |
             f"validation {result.validation_loss:.5f}{'  best' if best else ''}  "
             f"lr {result.learning_rate:.1e}  {seconds:.0f} s"
         )
+    model = run.folder / MODEL
+    name = re.sub(r"[^0-9A-Za-z._-]", "-", run.folder.resolve().name)
+    reporter.line(f"finished: {model}")
+    reporter.line(f"serve it: scripts/serve --model {name}={model}")
 
 
 def _epoch(trainer: Trainer, run: Run, reporter: Reporter) -> EpochResult:
     batch_size = run.recipe.batch_size
     total = trainer.steps_per_epoch * batch_size
+    saved_at = time.monotonic()
+
+    def on_steps(count: int, loss: float) -> None:
+        nonlocal saved_at
+        task.advance(count * batch_size, f"loss {loss:.4f}")
+        if time.monotonic() - saved_at > SAVE_SECONDS:
+            run.save_state(trainer)
+            saved_at = time.monotonic()
+
     with reporter.task(f"epoch {trainer.epoch + 1}/{run.recipe.epochs}", total, "images") as task:
-        return trainer.run_epoch(lambda count, loss: task.advance(count * batch_size, f"loss {loss:.4f}"))
+        return trainer.run_epoch(on_steps)
 
 
 def choose_device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ from model.pixels import from_pixels
 from model.prediction import Prediction
 from model.sampler import Denoiser
 from model.schedule import Schedule
-from scripts.common.mnist import split_validation
+from scripts.common.data.data_set import ImageSet
 from scripts.training.recipe import Recipe
 
 NUM_BANDS = 4  # the validation loss is also reported for each quarter of the timesteps
@@ -44,16 +44,15 @@ class Objective(Protocol):
 class DenoisingObjective:
     """The loss of Ho 2020, eq. 14, with the weights and the prediction of the recipe.
 
-    Takes images (N, C, H, W) in uint8 and labels (N,). Holds out the validation images (`split_validation`).
+    With `recipe.flip`, it mirrors half of the training images.
     """
 
-    def __init__(self, recipe: Recipe, images: Tensor, labels: Tensor, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, learn: ImageSet, validate: ImageSet, device: torch.device) -> None:
         self.recipe = recipe
         self.schedule = Schedule(recipe.schedule)
         self.prediction = Prediction(recipe.prediction, self.schedule)
-        learn, validate = split_validation(images, labels)
-        self._images, self._labels = learn[0].to(device), learn[1].to(device)
-        self._held_out = _held_out(*validate, self._diffusion(torch.Generator().manual_seed(0)), device)
+        self._images, self._labels = learn.images.to(device), learn.labels.to(device)
+        self._held_out = _held_out(validate, self._diffusion(torch.Generator().manual_seed(0)), device)
 
     @property
     def num_examples(self) -> int:
@@ -66,6 +65,9 @@ class DenoisingObjective:
 
         def loss(denoiser: Denoiser, rows: Tensor) -> Tensor:
             x_0, y = from_pixels(self._images[rows]), self._labels[rows]
+            if self.recipe.flip:
+                is_mirrored = torch.rand(len(rows), 1, 1, 1, generator=generator, device=x_0.device) < 0.5
+                x_0 = torch.where(is_mirrored, x_0.flip(-1), x_0)
             c_mask = diffusion.draw_label_mask(len(rows), self.recipe.label_drop)
             return diffusion.train_step(denoiser, x_0, y, c_mask, null_label)
 
@@ -95,9 +97,9 @@ class HeldOut:
         return errors.mean().item(), bands
 
 
-def _held_out(images: Tensor, labels: Tensor, diffusion: Diffusion, device: torch.device) -> HeldOut:
-    x_0, t = from_pixels(images), torch.arange(len(images)) % diffusion.num_steps + 1  # (N,)
+def _held_out(images: ImageSet, diffusion: Diffusion, device: torch.device) -> HeldOut:
+    x_0, t = from_pixels(images.images), torch.arange(len(images)) % diffusion.num_steps + 1  # (N,)
     x_t, eps = diffusion.add_noise(x_0, t)
     target, weights = diffusion.prediction.target(x_0, eps, t), diffusion.weights[t]
     band = (t - 1) * NUM_BANDS // diffusion.num_steps  # (N,)
-    return HeldOut(*(rows.to(device) for rows in (x_t, t, labels, target, weights, band)))
+    return HeldOut(*(rows.to(device) for rows in (x_t, t, images.labels, target, weights, band)))

@@ -13,8 +13,9 @@ from model.prediction import PredictionConfig
 from model.schedule import ScheduleConfig
 from model.spec import Guidance, Sampler
 from model.unet import UNetConfig
+from scripts.common.data.data_set import DataSet
 from scripts.common.errors import ScriptError
-from scripts.common.mnist import NUM_CLASSES
+from scripts.training.auto import AUTO, choices_for
 
 PRESETS = Path(__file__).parent / "presets"
 MAX_BASES = 10
@@ -70,6 +71,7 @@ class Recipe(_Strict):
     ema_max_decay: Share
     optimizer: OptimizerRecipe
     lr_schedule: LRScheduleRecipe
+    flip: bool = False  # mirror half of the training images; wrong for digits and letters
     min_snr_gamma: float = Field(default=0.0, ge=0)  # loss weight min(SNR, gamma) (Hang 2023); 0 = off
     guidance: Guidance
     guidance_by_sampler: dict[Sampler, Guidance] = {}  # replaces `guidance` for these samplers
@@ -86,8 +88,6 @@ class Recipe(_Strict):
             self._check_distillation(self.distillation)
         if not self.label_drop and any(g.scale != 1 for g in (self.guidance, *self.guidance_by_sampler.values())):
             raise ValueError("guidance needs label_drop above 0. Set label_drop, or set the guidance scale to 1")
-        if self.unet.num_classes != NUM_CLASSES:
-            raise ValueError(f"unet.num_classes must be {NUM_CLASSES}, the number of classes in MNIST")
         return self
 
     def _check_distillation(self, distillation: DistillationRecipe) -> None:
@@ -116,10 +116,23 @@ def preset_names(*, of_students: bool | None = None) -> list[str]:
     return [name for name in names if of_students in (None, load_recipe(name).distillation is not None)]
 
 
-def load_recipe(preset: str) -> Recipe:
-    """Returns the recipe of a preset, or of a file if `preset` ends in .toml. Raises ScriptError if it is invalid."""
+def load_recipe(preset: str, data: DataSet | None = None) -> Recipe:
+    """Returns the recipe of a preset, or of a file if `preset` ends in .toml. AUTO chooses it for the data.
+
+    The size, the colours and the number of classes are those of the data if it is given. Raises ScriptError if the
+    recipe is invalid, or does not fit the data.
+    """
+    values = _read(preset, depth=0, data=data)
+    if data:
+        channels, size, _ = data.image_shape
+        fields = {"image_channels": channels, "image_size": size, "num_classes": len(data.class_names)}
+        own = values.get("unet", {})
+        for name, value in fields.items():
+            if own.get(name, value) != value:
+                raise ScriptError(f"{_path(preset)}: unet.{name} is {own[name]}, but the data has {value}. Remove it")
+        values = {**values, "unet": {**own, **fields}}
     try:
-        return Recipe.model_validate(_read(preset, depth=0))
+        return Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -131,9 +144,11 @@ def _path(preset: str) -> Path:
     return Path(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
 
 
-def _read(preset: str, depth: int) -> dict[str, Any]:
+def _read(preset: str, depth: int, data: DataSet | None = None) -> dict[str, Any]:
     """Returns the values of a recipe, merged over those of its base."""
     path = _path(preset)
+    if preset == AUTO and data:
+        return _merge(_read("default", depth + 1), choices_for(data))
     try:
         own = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -147,7 +162,7 @@ def _read(preset: str, depth: int) -> dict[str, Any]:
         return own
     if not isinstance(base, str) or depth == MAX_BASES:
         raise ScriptError(f"{path}: base: must be the name of a preset, and bases must not form a cycle")
-    return _merge(_read(base, depth + 1), own)
+    return _merge(_read(base, depth + 1, data), own)
 
 
 def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

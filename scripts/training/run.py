@@ -3,7 +3,7 @@
 state.pt           the state that is needed to resume
 model.safetensors  the checkpoint with the lowest validation loss
 losses.csv         one line per epoch
-epochs/NN.png      ten digits after each epoch, generated from the same noise
+epochs/NN.png      an image of each class after each epoch, generated from the same noise
 paths/             of a distillation: the paths that the teacher generated
 """
 
@@ -20,21 +20,21 @@ from torch import Tensor
 from model import checkpoint
 from model.files import write_atomically
 from model.sampler import sample
-from model.spec import SAMPLERS
+from model.spec import DIGITS, SAMPLERS
 from scripts.common.errors import ScriptError
 from scripts.common.pictures import save_grid
 from scripts.training.recipe import STUDENT_SAMPLER, Recipe
 from scripts.training.trainer import EpochResult, Trainer
 
-GRID_SEED = 2026
+GRID_SEED, GRID_COLUMNS, GRID_ROWS = 2026, 10, 4
 PROBE_STEPS = 10
-STATE, PATHS = "state.pt", "paths"
+MODEL, STATE, PATHS = "model.safetensors", "state.pt", "paths"
 
 
 def stop_message(script: str, folder: Path) -> str:
     """Returns the message of a script that was stopped. It says what the same command does next."""
     if (folder / STATE).exists():
-        return f"{script}: stopped; run the same command again to resume from the last complete epoch"
+        return f"{script}: stopped; run the same command again to resume from the last saved state"
     if any((folder / PATHS).glob("*.safetensors")):
         return f"{script}: stopped; run the same command again to resume with the paths that are complete"
     return f"{script}: stopped before anything was saved; the same command starts from the beginning"
@@ -43,21 +43,27 @@ def stop_message(script: str, folder: Path) -> str:
 class Run:
     """One training run on disk.
 
-    All files are written atomically. If the process is killed, the files of the last complete epoch remain valid.
+    All files are written atomically. If the process is killed, the last state and the best checkpoint remain valid.
     """
 
-    def __init__(self, folder: Path, preset: str, recipe: Recipe, seed: int, data: str) -> None:
+    def __init__(
+        self, folder: Path, preset: str, recipe: Recipe, seed: int, data: str, class_names: tuple[str, ...] = DIGITS
+    ) -> None:
         self.folder, self.preset, self.recipe, self.seed, self.data = folder, preset, recipe, seed, data
+        self.class_names = class_names
         self.results: list[EpochResult] = []
         self.earlier_arithmetic: str | None = None  # Trainer.arithmetic before the run was resumed
 
     @property
     def identity(self) -> dict[str, Any]:
         """Returns the values that must be equal when a run is resumed."""
-        return {"recipe": self.recipe.model_dump(mode="json"), "seed": self.seed, "data": self.data}
+        recipe = self.recipe.model_dump(mode="json")
+        if not recipe["flip"]:  # The runs of the previous release do not have it.
+            del recipe["flip"]
+        return {"recipe": recipe, "seed": self.seed, "data": self.data}
 
     def resume(self, trainer: Trainer) -> bool:
-        """Restores the trainer to the last complete epoch. Returns False if the folder has no state yet.
+        """Restores the trainer to the last saved state. Returns False if the folder has no state yet.
 
         Raises ScriptError if the state cannot be read or belongs to another recipe, seed, data set or release.
         """
@@ -86,8 +92,14 @@ class Run:
         self.results.append(result)
         if best:
             self.safe_save_model(trainer)
-        save_grid(self._digits(trainer), self.folder / "epochs" / f"{result.epoch:02d}.png", columns=10)
+        columns = min(len(self.class_names), GRID_COLUMNS)
+        save_grid(self._samples(trainer), self.folder / "epochs" / f"{result.epoch:02d}.png", columns=columns)
         write_atomically(self.folder / "losses.csv", self._csv().encode())
+        self.save_state(trainer)
+        return best
+
+    def save_state(self, trainer: Trainer) -> None:
+        """Writes the state from which a resumed run continues, within an epoch or between two epochs."""
         state = {
             "identity": self.identity,
             "arithmetic": trainer.arithmetic,
@@ -97,17 +109,17 @@ class Run:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomically(self.folder / STATE, buffer.getvalue())
-        return best
 
     def safe_save_model(self, trainer: Trainer) -> None:
         """Writes the checkpoint with the averaged weights and with the settings that the service needs."""
-        checkpoint.save(self.folder / "model.safetensors", trainer.averaged, self._config(trainer))
+        checkpoint.save(self.folder / MODEL, trainer.averaged, self._config(trainer))
 
     def _config(self, trainer: Trainer) -> checkpoint.CheckpointConfig:
         distillation = self.recipe.distillation
         last = self.results[-1]
         return checkpoint.CheckpointConfig(
             unet=self.recipe.unet,
+            class_names=self.class_names,
             schedule=self.recipe.schedule,
             prediction=self.recipe.prediction,
             guidance=self.recipe.guidance,
@@ -115,6 +127,7 @@ class Run:
             samplers=(STUDENT_SAMPLER,) if distillation else SAMPLERS,
             steps=(distillation.num_steps,) if distillation else (),
             probe=checkpoint.Probe(
+                digit=min(checkpoint.Probe().digit, len(self.class_names) - 1),
                 num_steps=distillation.num_steps if distillation else min(PROBE_STEPS, self.recipe.schedule.num_steps)
             ),
             training={
@@ -127,16 +140,19 @@ class Run:
             },
         )
 
-    def _digits(self, trainer: Trainer) -> Tensor:
-        config = self._config(trainer)
-        y = torch.arange(config.unet.num_classes, device=trainer.device)
+    def _samples(self, trainer: Trainer) -> Tensor:
+        """Returns an image of each class, of the first classes if there are many, in full rows."""
+        config, num_classes = self._config(trainer), len(self.class_names)
+        columns = min(num_classes, GRID_COLUMNS)
+        num_images = min(-(-num_classes // columns), GRID_ROWS) * columns
+        y = torch.arange(num_images, device=trainer.device) % num_classes
         sampler = config.samplers[0]
         return sample(
             trainer.denoise_averaged,
             trainer.objective.schedule,
             y,
             seed=torch.full_like(y, GRID_SEED),
-            index=y,
+            index=torch.arange(num_images, device=trainer.device),
             image_shape=(config.unet.image_channels, config.unet.image_size, config.unet.image_size),
             sampler=sampler,
             num_steps=config.spec.default_steps,

@@ -1,8 +1,8 @@
-"""Trains a network with a recipe, one epoch at a time. Training can be stopped and resumed between epochs.
+"""Trains a network with a recipe, one epoch at a time. Training can be stopped and resumed after each step.
 
-All random numbers of an epoch come from a generator that is seeded with (seed, epoch). The state of the generator is
-therefore not saved: a resumed run repeats the interrupted epoch with the same random numbers, and on a CPU with the
-same bits.
+All random numbers of an epoch come from a generator that is seeded with (seed, epoch). The state within an epoch is the
+number of its steps, the sum of their losses and the state of the generator. A resumed run continues with the same
+random numbers, and on a CPU with the same bits.
 
 On a GPU the training step runs as a CUDA graph (graphs.py). The host waits for the GPU only to report progress.
 """
@@ -87,6 +87,8 @@ class Trainer:
             self.optimizer, patience=recipe.lr_schedule.patience, factor=recipe.lr_schedule.factor
         )
         self.epoch = 0
+        self._num_done = 0  # steps of the current epoch
+        self._total = torch.zeros((), device=device)  # the sum of their losses
         self.compiled = compiled
         if compiled:
             use_private_compile_cache(default_cache())
@@ -105,43 +107,59 @@ class Trainer:
         """Trains on all training examples once, then computes the validation loss of the averaged weights.
 
         `on_steps` is called after every `steps_per_report` steps and after the last step of the epoch. It gets the
-        number of steps since the last call and the loss of the last step.
+        number of steps since the last call and the loss of the last step. The state can be saved during such a call.
         """
+        within = self._generator.get_state() if self._num_done else None  # of an epoch that was resumed
         self._generator.manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.objective.num_examples, generator=self._generator, device=self.device)
-        total, num_reported = torch.zeros((), device=self.device), 0
-        for step in range(self.steps_per_epoch):
+        if within is not None:
+            self._generator.set_state(within)
+        num_reported = self._num_done
+        for step in range(self._num_done, self.steps_per_epoch):
             rows = order[step * self.recipe.batch_size : (step + 1) * self.recipe.batch_size]
             loss = self._learn_from(rows, self.epoch * self.steps_per_epoch + step)
-            total += loss
-            num_done = step + 1
-            if num_done == self.steps_per_epoch or num_done % self.steps_per_report == 0:
-                on_steps(num_done - num_reported, loss.item())
-                num_reported = num_done
-        self.epoch += 1
+            self._total += loss
+            self._num_done += 1
+            if self._num_done == self.steps_per_epoch or self._num_done % self.steps_per_report == 0:
+                on_steps(self._num_done - num_reported, loss.item())
+                num_reported = self._num_done
+        train_loss = self._total.item() / self.steps_per_epoch
+        self.epoch, self._num_done = self.epoch + 1, 0
+        self._total.zero_()
         validation_loss, band_losses = self.objective.validation_losses(self.denoise_averaged)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         if self.recipe.lr_schedule.name == "plateau":
             self.plateau.step(validation_loss)
-        train_loss = total.item() / self.steps_per_epoch
         return EpochResult(self.epoch, train_loss, validation_loss, band_losses, learning_rate)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state from which a resumed run continues: on a CPU with the bits of an uninterrupted run."""
         return {
             "network": self.network.state_dict(),
-            "ema": {"step": self.epoch * self.steps_per_epoch, "shadow": self.averaged.state_dict()},
+            "ema": {
+                "step": self.epoch * self.steps_per_epoch + self._num_done,
+                "shadow": self.averaged.state_dict(),
+            },
             "optimizer": self.optimizer.state_dict(),
             "plateau": self.plateau.state_dict(),
             "epoch": self.epoch,
+            "within_epoch": {
+                "num_done": self._num_done,
+                "total": self._total,
+                "generator": self._generator.get_state(),
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the state that `state_dict` returned, also that of the previous release."""
+        """Restores the state that `state_dict` returned, also that of the previous release, which is between epochs."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.plateau.load_state_dict(state["plateau"])
         self.epoch = state["epoch"]
+        if within := state.get("within_epoch"):
+            self._num_done = within["num_done"]
+            self._total.copy_(within["total"])
+            self._generator.set_state(within["generator"].cpu())
         # The previous release stored None for a recipe without an EMA. Its average equals the network.
         self.averaged.load_state_dict(state["ema"]["shadow"] if state["ema"] else state["network"])
         self._prepare_step()

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,6 +18,8 @@ from scripts import distil, train
 from scripts.training import loop
 from scripts.training.loop import should_compile
 from scripts.training.run import stop_message
+from scripts.training.trainer import Trainer
+from tests.scripts.common.data.samples import NAMES, SIZE, write_folder
 from tests.scripts.tiny_training import NUM_STEPS, RECIPES, trust_idx_files, write_idx_files
 
 ROOT = Path(__file__).parents[2]
@@ -145,7 +148,7 @@ def test_stopped_run_prints_how_to_resume_and_resumes_with_the_same_bits(
     stopped = stop_training(data_folder, out, "epoch", number, recipe)
     assert stopped.returncode == status, stopped.stderr
     assert stopped.stderr.strip().splitlines() == [
-        "train: stopped; run the same command again to resume from the last complete epoch"
+        "train: stopped; run the same command again to resume from the last saved state"
     ]
     assert state_of(out)["trainer"]["epoch"] == 1
     train.main(arguments(data_folder, recipe, out))
@@ -168,7 +171,7 @@ def test_run_stopped_while_compiling_ends_without_a_promise_to_resume(data_folde
         (None, "stopped before anything was saved; the same command starts from the beginning"),
         ("model.safetensors", "stopped before anything was saved; the same command starts from the beginning"),
         ("paths/0000000.safetensors", "stopped; run the same command again to resume with the paths that are complete"),
-        ("state.pt", "stopped; run the same command again to resume from the last complete epoch"),
+        ("state.pt", "stopped; run the same command again to resume from the last saved state"),
     ],
 )
 def test_message_of_a_stopped_run_depends_on_its_files(tmp_path: Path, file: str | None, message: str) -> None:
@@ -207,7 +210,9 @@ def test_time_limit_stops_between_epochs_and_the_run_resumes(
 ) -> None:
     """Each reading of the fake clock takes a minute. The third epoch would end after the limit."""
     minutes = iter(range(1000))
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: 60.0 * next(minutes)))
+    monkeypatch.setattr(
+        loop, "time", SimpleNamespace(perf_counter=lambda: 60.0 * next(minutes), monotonic=time.monotonic)
+    )
     argv = arguments(data_folder, "cosine", data_folder / "limited", "--time-limit", "5")
     train.main(argv)
     assert state_of(data_folder / "limited")["trainer"]["epoch"] == 2
@@ -341,3 +346,94 @@ def test_damaged_state_gives_a_one_line_error(
     if damage == "a list":
         torch.save([1, 2], state)
     assert f"{state} cannot be read" in error_line(arguments(data_folder, "cosine", tmp_path), capsys)
+
+
+def own(out: Path, data: Path, *more: str) -> list[str]:
+    """Arguments of a short training on own pictures."""
+    fixed = ["--device=cpu", "--compile=off", "--num-threads=1", "--epochs=2"]
+    return [f"--data={data}", f"--out={out}", *fixed, *more]
+
+
+def test_own_pictures_give_a_checkpoint_with_their_names_colours_and_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "animals"
+    train.main(own(out, write_folder(tmp_path / "data")))
+    loaded = checkpoint.load(out / "model.safetensors")
+    assert (loaded.config.class_names, loaded.image_shape) == (NAMES, (3, SIZE, SIZE))
+    assert not loaded.config.normalises_drawings
+    said = capsys.readouterr().out
+    assert "data: 3 classes, 21 images for training, 3 for validation, 12x12 pixels, colour" in said
+    assert "warning: the class 'cat' has only 7 images" in said
+    assert "chosen for this data: epochs = 150, batch_size = 16" in said
+    assert said.splitlines()[-1] == f"serve it: scripts/serve --model animals={out}/model.safetensors"
+    with Image.open(out / "epochs" / "02.png") as grid:
+        assert (grid.mode, grid.size) == ("RGB", (3 * 2 * SIZE, 2 * SIZE))
+    with Image.open(out / "data.png") as sheet:
+        assert sheet.mode == "RGB"
+
+
+def test_preset_gets_the_size_and_the_classes_of_the_data(data_folder: Path, tmp_path: Path) -> None:
+    preset = f"--preset={data_folder / 'cosine.toml'}"
+    train.main(own(tmp_path / "out", write_folder(tmp_path / "data", grey=True), preset))
+    assert checkpoint.load(tmp_path / "out" / "model.safetensors").image_shape == (1, SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("unet", "message"),
+    [
+        ("image_size = 28", "unet.image_size is 28, but the data has 12. Remove it"),
+        ("image_channels = 1", "unet.image_channels is 1, but the data has 3. Remove it"),
+        ("num_classes = 10", "unet.num_classes is 10, but the data has 3. Remove it"),
+    ],
+)
+def test_preset_that_contradicts_the_data_is_refused(
+    tmp_path: Path, unet: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "own.toml"
+    recipe.write_text(f'base = "default"\n[unet]\n{unet}\n')
+    with pytest.raises(SystemExit):
+        train.main(own(tmp_path / "out", write_folder(tmp_path / "data"), f"--preset={recipe}"))
+    assert message in capsys.readouterr().err
+
+
+def test_run_in_the_folder_of_the_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_folder(tmp_path / "data")
+    with pytest.raises(SystemExit):
+        train.main(own(root / "run", root))
+    assert "is in the folder of the data, which stays unchanged" in capsys.readouterr().err
+    assert not (root / "run").exists()
+
+
+def test_other_data_does_not_resume_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = write_folder(tmp_path / "data"), tmp_path / "out"
+    train.main(own(out, root))
+    (root / "cat" / "0.png").unlink()
+    with pytest.raises(SystemExit):
+        train.main(own(out, root))
+    assert "has a run with another recipe, seed or data. Use another --out folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_run_stopped_within_an_epoch_resumes_there_with_the_same_bits(
+    data_folder: Path, complete_runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    out, learn, steps = data_folder / f"within-{recipe}", Trainer._learn_from, list[int]()
+
+    def learn_or_stop(trainer: Trainer, rows: torch.Tensor, step: int) -> torch.Tensor:
+        if step == 6:  # in the second epoch, after two of its four steps
+            raise KeyboardInterrupt
+        return learn(trainer, rows, step)
+
+    def record(trainer: Trainer, rows: torch.Tensor, step: int) -> torch.Tensor:
+        steps.append(step)
+        return learn(trainer, rows, step)
+
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)  # after each step
+    monkeypatch.setattr(Trainer, "_learn_from", learn_or_stop)
+    with pytest.raises(SystemExit):
+        train.main(arguments(data_folder, recipe, out))
+    monkeypatch.setattr(Trainer, "_learn_from", record)
+    train.main(arguments(data_folder, recipe, out))
+    assert steps == list(range(6, 12))
+    assert differences(out, complete_runs[recipe]) == []

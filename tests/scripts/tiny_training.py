@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 import torch
 
+from model.spec import DIGITS
 from scripts import train
 from scripts.common import mnist
+from scripts.common.data.data_set import DataSet, ImageSet
 from scripts.training import run, trainer
 from scripts.training.recipe import Recipe
 from scripts.training.trainer import Trainer
@@ -95,6 +97,16 @@ RECIPES = {"cosine": COSINE, "plateau": PLATEAU}
 def recipe_of(name: str, **fields: Any) -> Recipe:
     """Returns the recipe `cosine` or `plateau` with the given fields replaced."""
     return Recipe.model_validate(tomllib.loads(RECIPES[name]) | fields)
+
+
+def noise_data(num_validation: int = NUM_VALIDATION) -> DataSet:
+    """Returns NUM_IMAGES grey images of noise, of the ten digits in turn."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (NUM_IMAGES, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(NUM_IMAGES) % 10
+    learn = ImageSet(images[:-num_validation], labels[:-num_validation])
+    validate = ImageSet(images[-num_validation:], labels[-num_validation:])
+    return DataSet("noise", DIGITS, learn, validate, validate)
 
 
 def idx_files(num_images: int = NUM_IMAGES) -> dict[str, bytes]:

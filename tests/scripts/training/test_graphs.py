@@ -17,22 +17,16 @@ from scripts.training.graphs import NUM_WARM_UP, CudaGraph, GraphedStep, Step
 from scripts.training.objective import DenoisingObjective, Objective
 from scripts.training.recipe import DistillationRecipe, Recipe
 from scripts.training.trainer import Trainer
-from tests.scripts.tiny_training import NUM_IMAGES, NUM_STEPS, recipe_of, trust_idx_files
+from tests.scripts.tiny_training import NUM_IMAGES, NUM_STEPS, noise_data, recipe_of
 from tests.scripts.training.fake_graph import FakeGraph
 from tests.scripts.training.operations import Operations, depends_on_values, replace_what_meta_lacks
 
 EXACT_ADAM = {"name": "adam", "lr": 0.125, "betas": [0.9, 0.999], "weight_decay": 0.0}  # the rate is exact in float32
 
 
-@pytest.fixture(autouse=True)
-def generated_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    trust_idx_files(monkeypatch)
-
-
 def denoising(recipe: Recipe, device: torch.device) -> DenoisingObjective:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (NUM_IMAGES, 1, 28, 28), dtype=torch.uint8, generator=generator)
-    return DenoisingObjective(recipe, images, torch.arange(NUM_IMAGES) % 10, device)
+    data = noise_data()
+    return DenoisingObjective(recipe, data.learn, data.validate, device)
 
 
 def distillation(recipe: Recipe, device: torch.device) -> DistillationObjective:

@@ -2,17 +2,13 @@ import pytest
 import torch
 
 from scripts.training.objective import DenoisingObjective
-from scripts.training.recipe import Recipe
-from tests.scripts.tiny_training import NUM_IMAGES, NUM_STEPS, NUM_VALIDATION, recipe_of, trust_idx_files
+from tests.scripts.tiny_training import NUM_IMAGES, NUM_STEPS, NUM_VALIDATION, noise_data, recipe_of
 
 
 @pytest.fixture
-def objective(monkeypatch: pytest.MonkeyPatch) -> DenoisingObjective:
-    trust_idx_files(monkeypatch)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (NUM_IMAGES, 1, 28, 28), dtype=torch.uint8, generator=generator)
-    recipe: Recipe = recipe_of("cosine")
-    return DenoisingObjective(recipe, images, torch.arange(NUM_IMAGES) % 10, torch.device("cpu"))
+def objective() -> DenoisingObjective:
+    data = noise_data()
+    return DenoisingObjective(recipe_of("cosine"), data.learn, data.validate, torch.device("cpu"))
 
 
 def test_loss_of_a_zero_output_is_the_noise_variance_in_every_band(objective: DenoisingObjective) -> None:

@@ -137,7 +137,6 @@ def test_unknown_preset_is_rejected_and_the_error_lists_the_presets(preset: str)
         ("scale = 1.3", "scale = 1.3\nend = 9", "guidance.end: "),
         ("scale = 1.3", "scale = 1.3\nstart = 90\nstop = 20", "not above guidance.stop"),
         ("label_drop = 0.2", "label_drop = 0.0", "guidance needs label_drop"),
-        ("widths = [8, 16]", "widths = [8, 16]\nnum_classes = 11", "unet.num_classes must be 10"),
         ('kind = "cosine"', 'kind = "sigmoid"', "unknown schedule kind 'sigmoid'"),
         ("widths = [8, 16]", "withs = [8, 16]", "unet.withs: "),
         ("widths = [8, 16]", "widths = [8, 20]", "widths must be multiples of 8"),

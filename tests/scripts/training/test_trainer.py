@@ -15,22 +15,19 @@ from scripts.training.loop import train
 from scripts.training.objective import DenoisingObjective
 from scripts.training.run import Run
 from scripts.training.trainer import EpochResult, Trainer, uses_bfloat16
-from tests.scripts.tiny_training import NUM_IMAGES, NUM_VALIDATION, recipe_of, trust_idx_files
+from tests.scripts.tiny_training import NUM_IMAGES, NUM_VALIDATION, noise_data, recipe_of
 
 STEPS = (NUM_IMAGES - NUM_VALIDATION) // 8
 MakeTrainer = Callable[..., Trainer]
 
 
 @pytest.fixture
-def make_trainer(monkeypatch: pytest.MonkeyPatch) -> MakeTrainer:
-    trust_idx_files(monkeypatch)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (NUM_IMAGES, 1, 28, 28), dtype=torch.uint8, generator=generator)
-    labels = torch.arange(NUM_IMAGES) % 10
+def make_trainer() -> MakeTrainer:
+    data = noise_data()
 
     def make(name: str, *, compiled: bool = False, **fields: Any) -> Trainer:
         recipe = recipe_of(name, **fields)
-        objective = DenoisingObjective(recipe, images, labels, torch.device("cpu"))
+        objective = DenoisingObjective(recipe, data.learn, data.validate, torch.device("cpu"))
         return Trainer(recipe, objective, seed=0, device=torch.device("cpu"), compiled=compiled)
 
     return make

@@ -1,0 +1,1 @@
+"""Reads labelled pictures of any source: folders, zip files, Parquet, NPZ and IDX files."""

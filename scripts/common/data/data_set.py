@@ -1,0 +1,162 @@
+"""Loads labelled pictures as images of one size, and divides them into training, validation and test images.
+
+A picture becomes an image as the service makes one from a picture of a client: the central square, resized. Images are
+grey if all pictures are grey, and in colour otherwise. Nothing is written into the folder of the data.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.prepared_image import central_square
+from scripts.common.data.arrays import has_idx_files, read_idx, read_npz
+from scripts.common.data.folders import read_folder, read_zip
+from scripts.common.data.parquet import parquet_files, read_parquet
+from scripts.common.data.source import Picture, Source
+from scripts.common.errors import ScriptError
+from scripts.common.progress import Reporter
+
+LARGEST_IMAGE, USUAL_IMAGE = 64, 32  # pixels per side: the largest, and the default for pictures of several sizes
+SIZE_UNIT = 4  # the network halves the image twice
+NUM_SIZES = 1000  # the default size follows from the sizes of this number of pictures
+HELD_OUT_SHARE = 0.1  # of the images of each class, if the data has no test images
+HELD_OUT_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSet:
+    """Images (N, C, H, W) uint8 and their labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """Images of one size, with the names of their classes.
+
+    `validate` and `test` are the same images if the data does not have both.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    learn: ImageSet
+    validate: ImageSet
+    test: ImageSet
+    ignored: Sequence[str] = ()  # files that are not pictures
+    known_as: str = ""  # describes the data instead of its digest
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        channels, height, width = self.learn.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def description(self) -> str:
+        """Describes the data in a checkpoint. A run can be resumed only with the same description."""
+        return self.known_as or f"{self.name}, {len(self.learn)} training images, SHA-256 {self.digest[:16]}"
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 digest of all images and labels."""
+        digest = hashlib.sha256()
+        for each in (self.learn, self.validate, self.test):
+            digest.update(each.images.numpy().tobytes())
+            digest.update(each.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_data(path: Path, reporter: Reporter, image_size: int | None = None) -> DataSet:
+    """Loads the pictures of a folder, a zip file, Parquet files, an NPZ file or IDX files.
+
+    The default of `image_size` is the size of the pictures if it is the same for all, and otherwise USUAL_IMAGE. Raises
+    ScriptError if a picture or a label cannot be used.
+    """
+    source = read_source(path)
+    size = image_size or _default_size(source.pictures)
+    images = _images_of(source.pictures, size, reporter)  # (N, C, S, S)
+    labels = torch.tensor([picture.label for picture in source.pictures])
+    rows = {split: _rows(source.pictures, split) for split in ("train", "val", "test")}
+    if not (len(rows["val"]) or len(rows["test"])):
+        rows["train"], rows["val"] = hold_out(labels, len(source.class_names), str(path))
+    validate = rows["val"] if len(rows["val"]) else rows["test"]
+    test = rows["test"] if len(rows["test"]) else rows["val"]
+    learn, held_out = (ImageSet(images[chosen], labels[chosen]) for chosen in (rows["train"], validate))
+    if missing := sorted(set(range(len(source.class_names))) - set(learn.labels.tolist())):
+        raise ScriptError(f"{path}: the class {source.class_names[missing[0]]!a} has no images for training")
+    tests = held_out if test is validate else ImageSet(images[test], labels[test])
+    return DataSet(path.resolve().name, source.class_names, learn, held_out, tests, source.ignored)
+
+
+def read_source(path: Path) -> Source:
+    """Returns the pictures of a path, before they are decoded. Raises ScriptError."""
+    if not path.exists():
+        raise ScriptError(f"{path} does not exist")
+    if files := parquet_files(path):
+        return read_parquet(files)
+    if path.is_dir():
+        return read_idx(path) if has_idx_files(path) else read_folder(path)
+    match path.suffix.lower():
+        case ".zip":
+            return read_zip(path)
+        case ".npz":
+            return read_npz(path)
+        case ".pkl" | ".pickle" | ".pt" | ".pth" | ".npy":
+            raise ScriptError(
+                f"{path} can contain Python objects, which run code when they are read. Save the arrays with "
+                "numpy.savez as train_images and train_labels"
+            )
+    raise ScriptError(f"{path} is not a folder, a zip file, a Parquet file or an NPZ file")
+
+
+def hold_out(labels: Tensor, num_classes: int, place: str) -> tuple[Tensor, Tensor]:
+    """Returns the rows for training and for validation: a share of each class, at least one image.
+
+    The choice does not depend on the seed of the training. Raises ScriptError if a class has only one image.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
+    held_out = []
+    for label in range(num_classes):
+        rows = order[labels[order] == label]
+        if len(rows) == 1:
+            raise ScriptError(
+                f"{place}: a class has only one image. Each class needs at least two: one for training and one to "
+                "measure the progress"
+            )
+        held_out.append(rows[: max(1, round(HELD_OUT_SHARE * len(rows)))])
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[torch.cat(held_out)] = True
+    return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
+
+
+def _rows(pictures: Sequence[Picture], split: str) -> Tensor:
+    return torch.tensor([row for row, picture in enumerate(pictures) if picture.split == split], dtype=torch.int64)
+
+
+def _default_size(pictures: Sequence[Picture]) -> int:
+    """Returns the side of the pictures if they are equal squares of a possible size, and otherwise USUAL_IMAGE."""
+    step = -(-len(pictures) // NUM_SIZES)
+    sizes = {picture.size() for picture in pictures[::step]}
+    height, width = next(iter(sizes))
+    is_possible = height == width <= LARGEST_IMAGE and height % SIZE_UNIT == 0
+    return height if len(sizes) == 1 and is_possible else USUAL_IMAGE
+
+
+def _images_of(pictures: Sequence[Picture], size: int, reporter: Reporter) -> Tensor:
+    """Returns the images (N, C, size, size) uint8."""
+    images = np.empty((len(pictures), 3, size, size), np.uint8)
+    with reporter.task("reading pictures", len(pictures), "pictures") as task:
+        for place, picture in enumerate(pictures):
+            images[place] = central_square(picture.decode(), size).pixels.numpy()
+            task.advance(1)
+    is_grey = all((image == image[:1]).all() for image in images)
+    return torch.from_numpy(images[:, :1].copy() if is_grey else images)

@@ -1,0 +1,46 @@
+"""Chooses a recipe for data: what differs from the preset `default`, which was made for MNIST."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from scripts.common.data.data_set import DataSet
+
+AUTO = "auto"  # the name of the preset
+BATCH, SMALLEST_BATCH = 128, 16
+NUM_BATCHES = 10  # at least this number of steps in an epoch, with smaller batches for few images
+IMAGES_TO_SEE = 600_000  # training images, counted in each epoch; MNIST's preset sees 1,650,000
+FEWEST_EPOCHS, MOST_EPOCHS = 20, 150
+WARM_UP_SHARE, WARM_UP_STEPS = 0.1, 500
+TWO_LEVELS = 32  # larger images need a third level, so that attention sees few positions
+
+
+def choices_for(data: DataSet) -> dict[str, Any]:
+    """Returns the values of a recipe that follow from the data."""
+    num_images, (_, size, _) = len(data.learn), data.image_shape
+    batch = BATCH
+    while batch > SMALLEST_BATCH and batch * NUM_BATCHES > num_images:
+        batch //= 2
+    batch = min(batch, num_images)
+    epochs = min(max(round(IMAGES_TO_SEE / num_images), FEWEST_EPOCHS), MOST_EPOCHS)
+    num_steps = epochs * (num_images // batch)
+    has_classes = len(data.class_names) > 1
+    # Guidance moves an image away from the mean of all classes. With one class, there is nothing to move away from.
+    guidance = {"scale": 1.7 if has_classes else 1.0, "start": 20, "stop": 90}
+    return {
+        "epochs": epochs,
+        "batch_size": batch,
+        "label_drop": 0.1 if has_classes else 0.0,
+        "guidance": guidance,
+        "guidance_by_sampler": {"ddpm": guidance},
+        "lr_schedule": {"name": "cosine", "warmup_steps": min(WARM_UP_STEPS, round(WARM_UP_SHARE * num_steps))},
+        "unet": {"widths": [64, 128] if size <= TWO_LEVELS else [64, 96, 128]},
+    }
+
+
+def describe(choices: dict[str, Any]) -> Iterator[str]:
+    """Yields each choice in the form of a recipe file, in which it can be changed."""
+    for name, value in choices.items():
+        if isinstance(value, dict):
+            yield from (f"{name}.{each}" for each in describe(value))
+        else:
+            yield f"{name} = {str(value).lower() if isinstance(value, bool) else value}"
