@@ -128,7 +128,7 @@ class Run:
             steps=(distillation.num_steps,) if distillation else (),
             probe=checkpoint.Probe(
                 digit=min(checkpoint.Probe().digit, len(self.class_names) - 1),
-                num_steps=distillation.num_steps if distillation else min(PROBE_STEPS, self.recipe.schedule.num_steps)
+                num_steps=distillation.num_steps if distillation else min(PROBE_STEPS, self.recipe.schedule.num_steps),
             ),
             training={
                 "preset": self.preset,
