@@ -14,14 +14,14 @@ WARM_UP_SHARE, WARM_UP_STEPS = 0.1, 500
 TWO_LEVELS = 32  # larger images need a third level, so that attention sees few positions
 
 
-def choices_for(data: DataSet) -> dict[str, Any]:
-    """Returns the values of a recipe that follow from the data."""
+def choices_for(data: DataSet, epochs: int | None = None) -> dict[str, Any]:
+    """Returns the values of a recipe that follow from the data. `epochs` is given or chosen."""
     num_images, (_, size, _) = len(data.learn), data.image_shape
     batch = BATCH
     while batch > SMALLEST_BATCH and batch * NUM_BATCHES > num_images:
         batch //= 2
     batch = min(batch, num_images)
-    epochs = min(max(round(IMAGES_TO_SEE / num_images), FEWEST_EPOCHS), MOST_EPOCHS)
+    epochs = epochs or min(max(round(IMAGES_TO_SEE / num_images), FEWEST_EPOCHS), MOST_EPOCHS)
     num_steps = epochs * (num_images // batch)
     has_classes = len(data.class_names) > 1
     # Guidance moves an image away from the mean of all classes. With one class, there is nothing to move away from.

@@ -39,9 +39,8 @@ class TrainingRequest:
 
     def load_recipe(self, data: DataSet | None = None) -> Recipe:
         """Returns the recipe of the preset for the data, with the requested changes. Raises ScriptError."""
-        recipe = load_recipe(self.preset, data)
-        changes = {"epochs": self.epochs, "flip": self.flip or None}
-        return recipe.model_copy(update={name: value for name, value in changes.items() if value is not None})
+        recipe = load_recipe(self.preset, data, self.epochs)
+        return recipe.model_copy(update={"flip": True}) if self.flip else recipe
 
     def prepare(self) -> tuple[torch.device, bool]:
         """Sets torch's threads and allocator. Returns the device, and True if the training step will be compiled.
@@ -66,7 +65,7 @@ def train_on(request: TrainingRequest, load: Callable[[], DataSet], reporter: Re
     device, compiled = request.prepare()
     data = load()  # after everything that can be checked without it, because it can take minutes
     if request.preset == AUTO:
-        reporter.line(f"chosen for this data: {', '.join(describe(choices_for(data)))}")
+        reporter.line(f"chosen for this data: {', '.join(describe(choices_for(data, request.epochs)))}")
     recipe = request.load_recipe(data)
     if recipe.batch_size > len(data.learn):
         raise ScriptError(

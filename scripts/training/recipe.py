@@ -116,13 +116,17 @@ def preset_names(*, of_students: bool | None = None) -> list[str]:
     return [name for name in names if of_students in (None, load_recipe(name).distillation is not None)]
 
 
-def load_recipe(preset: str, data: DataSet | None = None) -> Recipe:
+def load_recipe(preset: str, data: DataSet | None = None, epochs: int | None = None) -> Recipe:
     """Returns the recipe of a preset, or of a file if `preset` ends in .toml. AUTO chooses it for the data.
 
-    The size, the colours and the number of classes are those of the data if it is given. Raises ScriptError if the
+    The size, the colours and the number of classes are those of the data if it is given. `epochs` replaces the number
+    of epochs. Raises ScriptError if the
     recipe is invalid, or does not fit the data.
     """
-    values = _read(preset, depth=0, data=data)
+    if preset == AUTO and data:
+        values = _merge(_read("default", depth=0), choices_for(data, epochs))
+    else:
+        values = {**_read(preset, depth=0), **({"epochs": epochs} if epochs else {})}
     if data:
         channels, size, _ = data.image_shape
         fields = {"image_channels": channels, "image_size": size, "num_classes": len(data.class_names)}
@@ -144,11 +148,9 @@ def _path(preset: str) -> Path:
     return Path(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
 
 
-def _read(preset: str, depth: int, data: DataSet | None = None) -> dict[str, Any]:
+def _read(preset: str, depth: int) -> dict[str, Any]:
     """Returns the values of a recipe, merged over those of its base."""
     path = _path(preset)
-    if preset == AUTO and data:
-        return _merge(_read("default", depth + 1), choices_for(data))
     try:
         own = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -162,7 +164,7 @@ def _read(preset: str, depth: int, data: DataSet | None = None) -> dict[str, Any
         return own
     if not isinstance(base, str) or depth == MAX_BASES:
         raise ScriptError(f"{path}: base: must be the name of a preset, and bases must not form a cycle")
-    return _merge(_read(base, depth + 1, data), own)
+    return _merge(_read(base, depth + 1), own)
 
 
 def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

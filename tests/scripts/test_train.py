@@ -365,7 +365,7 @@ def test_own_pictures_give_a_checkpoint_with_their_names_colours_and_size(
     said = capsys.readouterr().out
     assert "data: 3 classes, 21 images for training, 3 for validation, 12x12 pixels, colour" in said
     assert "warning: the class 'cat' has only 7 images" in said
-    assert "chosen for this data: epochs = 150, batch_size = 16" in said
+    assert "chosen for this data: epochs = 2, batch_size = 16" in said
     assert said.splitlines()[-1] == f"serve it: scripts/serve --model animals={out}/model.safetensors"
     with Image.open(out / "epochs" / "02.png") as grid:
         assert (grid.mode, grid.size) == ("RGB", (3 * 2 * SIZE, 2 * SIZE))
