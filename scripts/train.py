@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from scripts.common.arguments import Parser, add_data_argument, add_training_arguments, from_arguments, integer
-from scripts.common.data.data_set import LARGEST_IMAGE, DataSet, load_data
+from scripts.common.data.data_set import LARGEST_IMAGE, SIZE_UNIT, DataSet, load_data
 from scripts.common.data.first_look import lines_about, save_sheet
 from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.mnist import mnist_data
@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.image_size and not args.data:
         parser.error("--image-size needs --data")
+    if args.image_size and args.image_size % SIZE_UNIT:
+        parser.error(f"--image-size {args.image_size} is not a multiple of {SIZE_UNIT}")
     args.preset = args.preset or (AUTO if args.data else "default")
     with Reporter(lambda: stop_message("train", args.out), stop=stops_soon) as reporter:
         load = partial(own_data, args.data, args.image_size, args.out, reporter)

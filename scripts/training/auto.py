@@ -11,7 +11,8 @@ NUM_BATCHES = 10  # at least this number of steps in an epoch, with smaller batc
 IMAGES_TO_SEE = 600_000  # training images, counted in each epoch; MNIST's preset sees 1,650,000
 FEWEST_EPOCHS, MOST_EPOCHS = 20, 150
 WARM_UP_SHARE, WARM_UP_STEPS = 0.1, 500
-TWO_LEVELS = 32  # larger images need a third level, so that attention sees few positions
+TWO_LEVELS = 32  # larger images have a third level, so that attention sees few positions
+THREE_LEVELS_UNIT = 8  # with a third level, the size must be a multiple of it
 
 
 def choices_for(data: DataSet, epochs: int | None = None) -> dict[str, Any]:
@@ -26,6 +27,7 @@ def choices_for(data: DataSet, epochs: int | None = None) -> dict[str, Any]:
     has_classes = len(data.class_names) > 1
     # Guidance moves an image away from the mean of all classes. With one class, there is nothing to move away from.
     guidance = {"scale": 1.7 if has_classes else 1.0, "start": 20, "stop": 90}
+    has_third_level = size > TWO_LEVELS and size % THREE_LEVELS_UNIT == 0
     return {
         "epochs": epochs,
         "batch_size": batch,
@@ -33,7 +35,7 @@ def choices_for(data: DataSet, epochs: int | None = None) -> dict[str, Any]:
         "guidance": guidance,
         "guidance_by_sampler": {"ddpm": guidance},
         "lr_schedule": {"name": "cosine", "warmup_steps": min(WARM_UP_STEPS, round(WARM_UP_SHARE * num_steps))},
-        "unet": {"widths": [64, 128] if size <= TWO_LEVELS else [64, 96, 128]},
+        "unet": {"widths": [64, 96, 128] if has_third_level else [64, 128]},
     }
 
 

@@ -15,8 +15,10 @@ from PIL import Image
 
 from model import checkpoint
 from scripts import distil, train
+from scripts.common.data.data_set import DataSet, ImageSet
 from scripts.training import loop
 from scripts.training.loop import should_compile
+from scripts.training.recipe import load_recipe
 from scripts.training.run import stop_message
 from scripts.training.trainer import Trainer
 from tests.scripts.common.data.samples import NAMES, SIZE, write_folder
@@ -437,3 +439,32 @@ def test_run_stopped_within_an_epoch_resumes_there_with_the_same_bits(
     train.main(arguments(data_folder, recipe, out))
     assert steps == list(range(6, 12))
     assert differences(out, complete_runs[recipe]) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--image-size=30", "--data=x"], "30 is not a multiple of 4"),
+        (["--image-size=32"], "--image-size needs --data"),
+    ],
+)
+def test_image_size_that_cannot_be_used_is_refused_before_the_data_is_read(
+    tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train.main([f"--out={tmp_path}", *more])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "levels"), [(8, 2), (28, 2), (36, 2), (48, 3), (64, 3)])
+def test_recipe_for_own_pictures_is_valid_for_every_size(size: int, levels: int) -> None:
+    images = ImageSet(torch.zeros(300, 3, size, size, dtype=torch.uint8), torch.arange(300) % 2)
+    recipe = load_recipe("auto", DataSet("x", ("a", "b"), images, images, images))
+    assert (recipe.unet.image_size, len(recipe.unet.widths)) == (size, levels)
+    assert recipe.batch_size * 10 <= 300
+
+
+def test_recipe_for_one_class_has_no_guidance() -> None:
+    images = ImageSet(torch.zeros(20, 1, 28, 28, dtype=torch.uint8), torch.zeros(20, dtype=torch.int64))
+    recipe = load_recipe("auto", DataSet("x", ("a",), images, images, images))
+    assert (recipe.label_drop, recipe.guidance.scale) == (0, 1)

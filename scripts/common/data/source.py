@@ -11,6 +11,7 @@ from app.engine.job import Pixels
 from app.tasks.picture_files import PictureError, inspect
 from app.tasks.pictures import decode_colour
 from model.checkpoint import MAX_SIZES
+from model.spec import MAX_NAME_LENGTH
 from scripts.common.errors import ScriptError
 
 Split = Literal["train", "val", "test"]
@@ -68,9 +69,15 @@ class Source:
 
 
 def check_names(names: Collection[str], place: str) -> tuple[str, ...]:
-    """Returns the names of the classes. Raises ScriptError if there are too many, or if two differ only in case."""
+    """Returns the names of the classes. Raises ScriptError if there are too many, or if a name cannot be used."""
     if len(names) > MAX_CLASSES:
         raise ScriptError(f"{place} has {len(names)} classes. At most {MAX_CLASSES} are supported. Merge some of them")
+    for name in names:
+        if not name.strip() or not name.isprintable() or len(name) > MAX_NAME_LENGTH:
+            raise ScriptError(
+                f"{place}: the class {name[: MAX_NAME_LENGTH + 1]!a} needs a name of 1 to {MAX_NAME_LENGTH} printable "
+                "characters. Rename it"
+            )
     known: dict[str, str] = {}
     for name in names:
         if (other := known.setdefault(name.casefold(), name)) != name:

@@ -158,6 +158,14 @@ def same_in_another_case(root: Path) -> Path:
     return root
 
 
+def named(name: str) -> Callable[[Path], Path]:
+    def rename(root: Path) -> Path:
+        (root / "cat").rename(root / name)
+        return root
+
+    return rename
+
+
 def loose(root: Path) -> Path:
     (root / "x.png").write_bytes(encoded(pixels_of(0, 0)))
     return root
@@ -179,6 +187,9 @@ def huge(root: Path) -> Path:
         (linked_folder, r"data/eel is a link to a folder"),
         (lone, r"data: a class has only one image\. Each class needs at least two"),
         (same_in_another_case, r"the classes 'CAT' and 'cat' differ only in case\. Rename one of them"),
+        (named("a" * 101), r"the class 'a+' needs a name of 1 to \d+ printable characters\. Rename it"),
+        (named("a\nb"), r"the class 'a\\nb' needs a name"),
+        (named(" "), r"the class ' ' needs a name"),
         (loose, r"the picture x\.png is in no folder\. Put the pictures of each class into a folder"),
     ],
 )
