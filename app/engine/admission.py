@@ -2,13 +2,14 @@
 
 This module uses no threads and no clock. Engine holds its lock and passes the time (see engine.py).
 
-Admission refuses a job with 429 in two cases:
+Admission refuses a job with 429 in three cases:
 
 - The queue has no room. At most `capacity` images wait for their first step. All unfinished images together are
   limited too, because an image that has started keeps its state in device memory.
 - A target would be missed. backlog.py computes an upper bound on the finish time of each job. If the bound of the new
   job, or of a job that it delays, is later than the target of that job, the new job is refused. A small job is
   nevertheless admitted, as a reserved job, if the reserve will pay for it before its target (see reserve.py).
+- A reserved job would miss its target, because the new job makes the steps longer.
 
 The bound only holds for full steps that take the rows in order, but normally row selection deviates from this to serve
 new and small jobs early (see batcher.py). Therefore `select` checks the slack of the backlog before each step, so that

@@ -6,11 +6,13 @@ request does not wait for the long steps of a large request. The jobs are in ord
 1. First round: each job gets one row, in order, until half of a full step is used. A new job that fits into the first
    round joins the next step and advances in every step.
 2. Fill: the remaining places go to the other rows of the jobs, in order.
-3. Short steps: while a small job runs together with other jobs, a step is limited to about three times the duration of
-   a step with a single image. Otherwise a large job would make every step of the small job slow.
-4. At risk: if a job may miss its target, rules 1 and 3 do not apply. The step first has the rows of small jobs that the
-   reserve pays for (see reserve.py). If there are such rows, the step is short. Otherwise it is full. The other places
-   are filled in order (earliest deadline first). The bound in backlog.py holds for such steps.
+3. Short steps: while a job with few images runs together with other jobs, a step is limited to about three times the
+   duration of a step with a single image. Otherwise a large job would make every step of the other one slow. How few
+   images these are depends on the number of jobs (see `StepLimits.share`).
+4. At risk: if a job may miss its target, rules 1 and 3 do not apply. The step first has the rows that the reserve pays
+   for (see reserve.py): those of small jobs, which have one image. If there are such rows, the step is short. Otherwise
+   it is full. The other places are filled in order (earliest deadline first). The bound in backlog.py holds for such
+   steps.
 
 Sizes are counted in network evaluations, because they determine the duration of a step. A guided row takes two. A row
 that compares the classes of an image takes one for each remaining class. The gradient of CLIP counts as the number of
