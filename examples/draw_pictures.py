@@ -1,9 +1,10 @@
 """Draws 12 kinds of small colour pictures, as a folder to try `scripts.train --data` with.
 
-    python examples/draw_pictures.py pictures
+Install: pip install pillow
+Run:     python examples/draw_pictures.py pictures
 
-makes the folders pictures/circle, pictures/fish and so on, with 500 PNG files of 32 x 32 pixels each. Colours, angle,
-size and place are random, and the same seed draws the same pictures. Needs only Pillow.
+It makes the folders pictures/circle, pictures/fish and so on, with 500 PNG files of 32 x 32 pixels each. Colours,
+angle, size and place are random, and the same seed draws the same pictures.
 """
 
 import argparse

@@ -42,7 +42,7 @@ export function start() {
   startDrop();
 }
 
-/** Shows the real digits, if they suit the model, and the result of the selected task. */
+/** Shows the real digits, if they suit the model, and the result of the task. */
 export async function open() {
   try {
     await useModel();
@@ -97,7 +97,7 @@ function startTabs() {
   select(tabs[0]);
 }
 
-/** Shows the result of the selected task after a short pause. */
+/** Shows the result of the task after a short pause. */
 function changed() {
   fitted = null;
   find("#pad-hint").hidden = !pad.isEmpty;
@@ -107,6 +107,7 @@ function changed() {
 }
 
 function run() {
+  clearTimeout(timer);
   if (model && !find("#draw").hidden) tasks.drawingChanged(task);
 }
 
