@@ -1,5 +1,6 @@
 """Chooses a recipe for data: what differs from the preset `default`, which was made for MNIST."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,4 +46,4 @@ def describe(choices: dict[str, Any]) -> Iterator[str]:
         if isinstance(value, dict):
             yield from (f"{name}.{each}" for each in describe(value))
         else:
-            yield f"{name} = {str(value).lower() if isinstance(value, bool) else value}"
+            yield f"{name} = {json.dumps(value)}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from scripts.common.data.source import MAX_CLASSES, Picture, Source, Split, check_names
+from scripts.common.data.source import MAX_CLASSES, Picture, Source, Split, numbered
 from scripts.common.errors import ScriptError
 
 IDX_SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("t10k", "test")}
@@ -34,7 +34,7 @@ def read_npz(path: Path) -> Source:
         if f"{split}_images" in arrays:
             pictures += _pictures(f"{path}: {split}", split, arrays[f"{split}_images"], arrays.get(f"{split}_labels"))
     names = arrays.get("class_names")
-    return _source(str(path), pictures, None if names is None else [str(name) for name in names])
+    return numbered(str(path), pictures, None if names is None else [str(name) for name in names])
 
 
 def has_idx_files(folder: Path) -> bool:
@@ -54,7 +54,7 @@ def read_idx(folder: Path) -> Source:
             if labels is None:
                 raise ScriptError(f"{folder} has no file {prefix}-labels-idx1-ubyte, with the labels of the images")
             pictures += _pictures(f"{folder}: {prefix}", split, _idx(images), _idx(labels))
-    return _source(str(folder), pictures, None)
+    return numbered(str(folder), pictures, None)
 
 
 def _idx_file(folder: Path, name: str) -> Path | None:
@@ -96,11 +96,3 @@ def _pictures(place: str, split: Split, images: np.ndarray, labels: Any) -> Iter
         )
     for number, label in enumerate(labels.tolist()):
         yield Picture(f"{place}, image {number}", split, label, partial(images.__getitem__, number))
-
-
-def _source(place: str, pictures: list[Picture], names: list[str] | None) -> Source:
-    num_classes = 1 + max((picture.label for picture in pictures), default=-1)
-    names = [str(label) for label in range(num_classes)] if names is None else names
-    if len(names) < num_classes:
-        raise ScriptError(f"{place} has {len(names)} class names, but the largest label is {num_classes - 1}")
-    return Source(check_names(names, place), pictures)

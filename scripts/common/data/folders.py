@@ -48,6 +48,7 @@ def read_zip(path: Path) -> Source:
 def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> bytes:
     try:
         return archive.read(entry)
+    # RuntimeError: the entry is encrypted. NotImplementedError: its compression is not supported.
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError) as error:
         raise ScriptError(f"{path}/{entry.filename} cannot be read ({error}). Make the zip file again") from error
 

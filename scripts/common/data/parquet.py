@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scripts.common.data.source import SPLITS, Picture, Source, Split, check_names
+from scripts.common.data.source import SPLITS, Picture, Source, Split, numbered
 from scripts.common.errors import ScriptError
 from scripts.common.progress import require
 
@@ -42,11 +42,7 @@ def read_parquet(files: list[Path]) -> Source:
         renumbered = {texts[name]: number for number, name in enumerate(order)}
         pictures = [Picture(each.place, each.split, renumbered[each.label], each.read) for each in pictures]
         names = tuple(order)
-    num_classes = 1 + max((picture.label for picture in pictures), default=-1)
-    names = names or tuple(map(str, range(num_classes)))
-    if len(names) < num_classes:
-        raise ScriptError(f"{files[0]} has {len(names)} class names, but the largest label is {num_classes - 1}")
-    return Source(check_names(names, str(files[0])), pictures)
+    return numbered(str(files[0]), pictures, names)
 
 
 def _column(path: Path, columns: list[str], known: tuple[str, ...]) -> str:

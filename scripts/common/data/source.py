@@ -68,6 +68,15 @@ class Source:
     ignored: Sequence[str] = ()  # files that are not PNG, JPEG, WebP or GIF
 
 
+def numbered(place: str, pictures: Sequence[Picture], names: Sequence[str] | None) -> Source:
+    """Returns the pictures of a source whose labels are numbers. Without names, the numbers are the names."""
+    num_classes = 1 + max((picture.label for picture in pictures), default=-1)
+    names = [str(label) for label in range(num_classes)] if names is None else names
+    if len(names) < num_classes:
+        raise ScriptError(f"{place} has {len(names)} class names, but the largest label is {num_classes - 1}")
+    return Source(check_names(names, place), pictures)
+
+
 def check_names(names: Collection[str], place: str) -> tuple[str, ...]:
     """Returns the names of the classes. Raises ScriptError if there are too many, or if a name cannot be used."""
     if len(names) > MAX_CLASSES:
