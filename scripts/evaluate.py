@@ -1,6 +1,7 @@
 """Evaluates generated digits: `python -m scripts.evaluate digits --out evaluation/`.
 
 digits      recognition accuracy, Fréchet distance, precision, recall, coverage, share of memorised digits
+pictures    the same for a model of your own pictures, with classifiers that it trains on them
 fog         recognition of real digits at each noise level
 recognize   recognition of real digits by the diffusion model, and rejection of other images
 handwriting recognition of a fixed set of handwriting that is not from MNIST, and rejection of letters
@@ -29,6 +30,7 @@ from model.spec import SHIPPED
 from scripts.common.arguments import (
     CLIP_GUIDANCE,
     CLIP_MODEL_HELP,
+    OWN_DATA_HELP,
     Parser,
     add_drawing_arguments,
     file_to_write,
@@ -56,6 +58,7 @@ from scripts.evaluation.fog import evaluate_fog
 from scripts.evaluation.handwriting import PARTS
 from scripts.evaluation.handwriting_accuracy import evaluate_handwriting
 from scripts.evaluation.inpainting import evaluate_inpainting
+from scripts.evaluation.own_data import evaluate_pictures
 from scripts.evaluation.quality import evaluate_digits
 from scripts.evaluation.recognize import RecognitionRequest, evaluate_recognition
 from scripts.evaluation.samples import (
@@ -72,6 +75,7 @@ from scripts.evaluation.tables import FEWEST_IMAGES
 
 PACKAGES = {
     "digits": ("torchmetrics", "matplotlib"),
+    "pictures": ("torchmetrics", "matplotlib"),
     "fog": ("matplotlib",),
     "recognize": ("matplotlib",),
     "handwriting": ("matplotlib",),
@@ -120,6 +124,10 @@ def main(argv: list[str] | None = None) -> None:
                     samples = samples_of_checkpoint(from_arguments(DrawingRequest, args), args.num_images, reporter)
                 networks = {"judge": args.judge, "extractor": args.extractor, "clip_model": args.clip}
                 evaluate_digits(samples, reporter, **networks, **data, out=args.out)
+            case "pictures":
+                request = from_arguments(DrawingRequest, args)
+                chosen = {name: getattr(args, name) for name in ("data", "num_images", "judge", "extractor", "flip")}
+                evaluate_pictures(request, reporter, **chosen, out=args.out)
             case "fog":
                 evaluate_fog(args.checkpoint, args.judge, args.out, reporter, **data)
             case "clip" | "clip-guidance" | "clip-attributes" | "clip-prompts":
@@ -190,6 +198,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="|".join(PACKAGES), dest="command")
     digits = commands.add_parser("digits", help="evaluate generated digits; write a table, JSON and plots")
     _add_digits(digits)
+    _add_pictures(commands.add_parser("pictures", help="evaluate a model of your own pictures, as digits"))
     fog = commands.add_parser("fog", help="recognition of real digits at each noise level")
     fog.add_argument(
         "--checkpoint",
@@ -288,6 +297,29 @@ def _add_digits(digits: argparse.ArgumentParser) -> None:
         f"{FEWEST_IMAGES:,}; default: {NUM_IMAGES}, or all in --images up to this number",
     )
     add_drawing_arguments(digits, seed=0)
+
+
+def _add_pictures(pictures: argparse.ArgumentParser) -> None:
+    pictures.add_argument(
+        "--data", type=Path, metavar="PATH", required=True, help=f"the data of the training: {OWN_DATA_HELP}"
+    )
+    pictures.add_argument(
+        "--out", type=Path, help="folder for evaluation.json, evaluation.md and the plots; default: print only"
+    )
+    pictures.add_argument(
+        "--num-images",
+        type=integer(1, MOST_IMAGES),
+        help="number of images, rounded down to equally many of each class, at most as many as training images; "
+        f"default: {NUM_IMAGES}",
+    )
+    for kind in ("judge", "extractor"):
+        pictures.add_argument(
+            f"--{kind}",
+            type=Path,
+            help=f"weights of the {kind}, from scripts.train_classifiers; default: trains it on --data, once",
+        )
+    pictures.add_argument("--flip", action="store_true", help="mirror half of the images when the classifiers train")
+    add_drawing_arguments(pictures, seed=0)
 
 
 def _add_recognition(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,14 @@ On a CPU, the result has the same bits as an uninterrupted run.
 from functools import partial
 from pathlib import Path
 
-from scripts.common.arguments import Parser, add_data_argument, add_training_arguments, from_arguments, integer
-from scripts.common.data.data_set import LARGEST_IMAGE, SIZE_UNIT, DataSet, load_data
+from scripts.common.arguments import (
+    Parser,
+    add_data_argument,
+    add_own_data_arguments,
+    add_training_arguments,
+    from_arguments,
+)
+from scripts.common.data.data_set import DataSet, load_data
 from scripts.common.data.first_look import lines_about, save_sheet
 from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.mnist import mnist_data
@@ -28,8 +34,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.image_size and not args.data:
         parser.error("--image-size needs --data")
-    if args.image_size and args.image_size % SIZE_UNIT:
-        parser.error(f"--image-size {args.image_size} is not a multiple of {SIZE_UNIT}")
     args.preset = args.preset or (AUTO if args.data else "default")
     with Reporter(lambda: stop_message("train", args.out), stop=stops_soon) as reporter:
         load = partial(own_data, args.data, args.image_size, args.out, reporter)
@@ -51,20 +55,7 @@ def own_data(path: Path, image_size: int | None, out: Path, reporter: Reporter) 
 
 def build_parser() -> Parser:
     parser = Parser(prog="python -m scripts.train", description=__doc__)
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="PATH",
-        help="a folder or a zip file with a folder of pictures for each class, Parquet files of the Hugging Face Hub, "
-        "an NPZ file in the layout of MedMNIST, or IDX files; default: MNIST",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=integer(8, LARGEST_IMAGE),
-        metavar="PIXELS",
-        help=f"width and height of the images, at most {LARGEST_IMAGE}; default: that of the pictures if they are "
-        "equal squares, otherwise 32",
-    )
+    add_own_data_arguments(parser)
     parser.add_argument("--flip", action="store_true", help="mirror half of the training images; not for digits")
     parser.add_argument(
         "--preset",

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 from model.prompts import MAX_PROMPT_LENGTH, is_prompt
 from model.spec import MAX_CLIP_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE, SAMPLERS, SHIPPED
+from scripts.common.data.data_set import LARGEST_IMAGE, SIZE_UNIT, USUAL_IMAGE
 from scripts.common.mnist import NUM_CLASSES
 
 COMPILE_MODES = ("auto", "on", "off")
@@ -18,6 +19,10 @@ SHIPPED_NAME = "/".join(SHIPPED.parts[-3:])  # model/weights/default.safetensors
 CLIP_MODEL_HELP = (
     "a folder in open_clip's format, ARCHITECTURE:TAG or ARCHITECTURE:FILE (for OpenAI's weights: "
     "ViT-B-32-quickgelu:FILE); default: the small model that ships with unfog"
+)
+OWN_DATA_HELP = (
+    "a folder or a zip file with a folder of pictures for each class, Parquet files of the Hugging Face Hub, an NPZ "
+    "file in the layout of MedMNIST, or IDX files"
 )
 CLIP_GUIDANCE = ("--clip-guidance-scale", "--clip-prompt", "--clip-model")  # the drawing options of CLIP guidance
 Request = TypeVar("Request")
@@ -228,6 +233,26 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("data"),
         help="folder with the IDX files of MNIST; downloaded into it if missing; default: data",
+    )
+
+
+def image_size(text: str) -> int:
+    """Parses the width and height of images, in pixels."""
+    size = integer(8, LARGEST_IMAGE)(text)
+    if size % SIZE_UNIT:
+        raise argparse.ArgumentTypeError(f"{size} is not a multiple of {SIZE_UNIT}")
+    return size
+
+
+def add_own_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --data, the pictures of the user, and --image-size."""
+    parser.add_argument("--data", type=Path, metavar="PATH", help=f"{OWN_DATA_HELP}; default: MNIST")
+    parser.add_argument(
+        "--image-size",
+        type=image_size,
+        metavar="PIXELS",
+        help=f"width and height of the images of --data, at most {LARGEST_IMAGE}; default: that of the pictures if "
+        f"they are equal squares, otherwise {USUAL_IMAGE}",
     )
 
 

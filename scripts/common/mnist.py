@@ -16,6 +16,7 @@ from scripts.common.errors import ScriptError
 
 NUM_VALIDATION = 5_000
 NUM_CLASSES = 10
+TRAINING_DATA = f"MNIST, training split less the last {NUM_VALIDATION} images"  # describes the training data
 # MD5 checksums of the original files after decompression.
 CHECKSUMS = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -41,8 +42,7 @@ def load_mnist(split: Literal["train", "test"], data_dir: Path) -> tuple[Tensor,
 def mnist_data(data_dir: Path) -> DataSet:
     """Returns the training split of MNIST as data for training. Raises the errors of `load_mnist`."""
     learn, validate = (ImageSet(*each) for each in split_validation(*load_mnist("train", data_dir)))
-    known_as = f"MNIST, training split less the last {NUM_VALIDATION} images"
-    return DataSet("MNIST", DIGITS, learn, validate, validate, known_as=known_as)
+    return DataSet("MNIST", DIGITS, learn, validate, validate, known_as=TRAINING_DATA)
 
 
 def split_validation(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -1,8 +1,8 @@
-"""Trains a classifier on MNIST's training split. The test split is used only once, after the training."""
+"""Trains a classifier on labelled images. Test images are used only once, after the training."""
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch.optim.swa_utils import AveragedModel
 from model.diffusion import Diffusion, running_average
 from model.pixels import to_pixels
 from model.schedule import Schedule, ScheduleConfig
-from scripts.common.mnist import load_mnist, split_validation
+from scripts.common.data.data_set import DataSet, ImageSet
+from scripts.common.mnist import TRAINING_DATA, load_mnist, mnist_data
 from scripts.common.progress import Reporter
-from scripts.evaluation.classifiers import KINDS, Classifier, accuracy, save_classifier
+from scripts.evaluation.classifiers import KINDS, Classifier, Shape, accuracy, save_classifier
 
 MAX_ROTATION = math.radians(12)
 MAX_SCALING = 0.1
@@ -33,42 +34,57 @@ RECIPES = {
     "extractor": {"augmented": False, "epochs": 20, "seed": 1},
     "fog_judge": {"augmented": True, "fogged": True, "epochs": 20, "seed": 2},
 }
-Labelled = tuple[Tensor, Tensor]  # uint8 (N, 1, 28, 28), int64 (N,)
+# Data other than MNIST: the number of images to see decides about the epochs, and few images need small batches.
+IMAGES_TO_SEE, FEWEST_EPOCHS, MOST_EPOCHS = 150_000, 6, 60
+NUM_BATCHES, SMALLEST_BATCH = 50, 16  # in an epoch
 
 
-def train_and_save(
-    kind: str, path: Path, data_dir: Path, reporter: Reporter, *, epochs: int | None = None, seed: int | None = None
-) -> None:
-    """Trains a classifier of RECIPES on MNIST and saves it. `epochs` and `seed` override those of the recipe.
+def all_of_mnist(data_dir: Path) -> DataSet:
+    """Returns MNIST with its test split. Raises the errors of `load_mnist`."""
+    return replace(mnist_data(data_dir), test=ImageSet(*load_mnist("test", data_dir)))
 
-    Raises ScriptError if the data cannot be read.
-    """
-    overrides = {"epochs": epochs, "seed": seed}
-    recipe = {**RECIPES[kind], **{name: value for name, value in overrides.items() if value is not None}}
+
+def recipe_for(kind: str, data: DataSet, **overrides: int | bool | None) -> dict[str, Any]:
+    """Returns the recipe of a classifier for the data: that of RECIPES for MNIST, and otherwise one that fits."""
+    recipe = dict(RECIPES[kind])
+    if data.known_as != TRAINING_DATA:
+        num_images = len(data.learn)
+        batch = BATCH_SIZE
+        while batch > SMALLEST_BATCH and batch * NUM_BATCHES > num_images:
+            batch //= 2
+        epochs = min(max(round(IMAGES_TO_SEE / num_images), FEWEST_EPOCHS), MOST_EPOCHS)
+        recipe |= {"epochs": epochs, "batch_size": batch}
+    return recipe | {name: value for name, value in overrides.items() if value is not None}
+
+
+def train_and_save(kind: str, path: Path, data: DataSet, reporter: Reporter, recipe: dict[str, Any]) -> None:
+    """Trains a classifier on the data with the recipe, and saves it with its accuracy on the test images."""
     torch.manual_seed(recipe["seed"])  # for the initial weights and for dropout
     path.parent.mkdir(parents=True, exist_ok=True)
-    train, test = (load_mnist(split, data_dir) for split in ("train", "test"))
-    learn, choose = split_validation(*train)
     network = train_classifier(
-        KINDS[kind](),
-        learn,
+        KINDS[kind](Shape(data.image_shape, len(data.class_names), recipe.get("width", Shape().width))),
+        data.learn,
         reporter,
         augmented=bool(recipe["augmented"]),
+        flip=bool(recipe.get("flip", False)),
         fogged=bool(recipe.get("fogged", False)),
         epochs=int(recipe["epochs"]),
+        batch_size=recipe.get("batch_size"),
         seed=recipe["seed"],
+        title=f"training the {kind.replace('_', ' ')}",
     )
-    facts = facts_of(network, choose, test, **recipe)
+    facts = facts_of(network, data, **recipe)
     save_classifier(path, kind, network, facts)
-    reporter.line(f"Recognised {facts['validation_accuracy']:.2%} of the validation digits. Saved as {path}")
+    reporter.line(f"Recognised {facts['validation_accuracy']:.2%} of the validation images. Saved as {path}")
 
 
 def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
     network: Classifier,
-    learn: Labelled,
+    learn: ImageSet,
     reporter: Reporter,
     *,
     augmented: bool,
+    flip: bool = False,
     fogged: bool = False,
     epochs: int,
     batch_size: int | None = None,
@@ -76,25 +92,28 @@ def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
     seed: int = 0,
     title: str = "training a classifier",
 ) -> Classifier:
-    """Trains the network on these digits and returns it with the running average of its weights.
+    """Trains the network on these images and returns it with the running average of its weights.
 
-    `augmented` rotates, scales and shifts each image a little. The network then recognises more digits, but its
-    features measure fewer details. `fogged` adds the noise of a random timestep of the cosine schedule to each image.
+    `augmented` rotates, scales and shifts each image a little. The network then recognises more images, but its
+    features measure fewer details. `flip` mirrors half of them. `fogged` adds the noise of a random timestep of the
+    cosine schedule to each image.
     """
     generator = torch.Generator().manual_seed(seed)
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), generator)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
-    batch_size = min(batch_size or BATCH_SIZE, len(learn[0]))
+    batch_size = min(batch_size or BATCH_SIZE, len(learn))
 
     def loss_of(rows: Tensor) -> Tensor:
-        images, labels = learn[0][rows], learn[1][rows]
+        images, labels = learn.images[rows], learn.labels[rows]
         x = augment(images, generator) if augmented else images / 255
+        if flip:
+            x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(-1), x)
         x = _fog(x, diffusion) if fogged else x
         with torch.autocast("cpu", torch.bfloat16):
             logits = network(x.contiguous(memory_format=torch.channels_last))
         return F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
 
-    batches = Batches(len(learn[0]), batch_size, epochs, generator)
+    batches = Batches(len(learn), batch_size, epochs, generator)
     optimizer = torch.optim.AdamW(network.parameters(), lr=max_lr, weight_decay=WEIGHT_DECAY)
     fit(network.train(), loss_of, batches, optimizer, reporter, title=title, warm_up=0.2, average_buffers=True)
     return network.eval().requires_grad_(False)
@@ -150,25 +169,29 @@ def fit(  # hyperparameters
     network.load_state_dict(averaged.module.state_dict())
 
 
-def facts_of(network: Classifier, choose: Labelled, test: Labelled, **training: Any) -> dict[str, Any]:
-    """Returns the metadata of the weights: accuracy on digits not used for training, and the training options."""
+def facts_of(network: Classifier, data: DataSet, **training: Any) -> dict[str, Any]:
+    """Returns the metadata of the weights: accuracy on images not used for training, and the training options."""
     return {
-        "test_accuracy": accuracy(network, *test),
-        "num_test": len(test[0]),
-        "validation_accuracy": accuracy(network, *choose),
-        "data": f"MNIST, training split less the last {len(choose[0])} images",
+        "test_accuracy": accuracy(network, data.test.images, data.test.labels),
+        "num_test": len(data.test),
+        "validation_accuracy": accuracy(network, data.validate.images, data.validate.labels),
+        "data": data.description,
+        "class_names": data.class_names,
         **training,
     }
 
 
 def _fog(x: Tensor, diffusion: Diffusion) -> Tensor:
-    """Returns x_t of x (B, 1, 28, 28) at a random t in 1..T. Both are in [0, 1]. x_t is rounded to 8 bits."""
+    """Returns x_t of x (B, C, H, W) at a random t in 1..T. Both are in [0, 1]. x_t is rounded to 8 bits."""
     x_t, _ = diffusion.add_noise(2 * x - 1, diffusion.draw_timesteps(len(x)))
     return to_pixels(x_t) / 255
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Rotates, scales and shifts images at random: uint8 (B, 1, 28, 28) -> float32 (B, 1, 28, 28) in [0, 1]."""
+    """Rotates, scales and shifts images at random: uint8 (B, C, H, W) -> float32 (B, C, H, W) in [0, 1].
+
+    Pixels at the border are repeated outwards.
+    """
     draws = 2 * torch.rand(4, len(images), generator=generator) - 1  # (4, B) in [-1, 1]
     angle, scaling, shift_x, shift_y = draws.unbind()  # (B,) each
     angle, zoom = MAX_ROTATION * angle, 1 + MAX_SCALING * scaling
@@ -176,4 +199,4 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     top = torch.stack([cos, -sin, MAX_SHIFT * shift_x], dim=1)  # (B, 3)
     bottom = torch.stack([sin, cos, MAX_SHIFT * shift_y], dim=1)  # (B, 3)
     positions = F.affine_grid(torch.stack([top, bottom], dim=1), list(images.shape), align_corners=False)
-    return F.grid_sample(images / 255, positions, align_corners=False)
+    return F.grid_sample(images / 255, positions, padding_mode="border", align_corners=False)

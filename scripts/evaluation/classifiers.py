@@ -1,14 +1,14 @@
-"""Small digit classifiers for the evaluation. They are independent of the diffusion networks and of each other.
+"""Small classifiers for the evaluation. They are independent of the diffusion networks and of each other.
 
 The judge gives the recognition accuracy of published tables. The extractor gives the features for distances between
 sets of images, and the recognition accuracy by which settings are chosen. The fog judge was trained on noisy digits and
-measures up to which noise level a digit can be recognised.
+measures up to which noise level a digit can be recognised. The weights that ship with unfog are for MNIST.
 """
 
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,63 +26,79 @@ METADATA_KEY = "unfog_classifier"
 BATCH_SIZE = 500
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The shape of a classifier: (C, H, W) of its images, its number K of classes, and channels of its first layer."""
+
+    image: tuple[int, int, int] = (1, 28, 28)
+    num_classes: int = NUM_CLASSES
+    width: int = 32
+
+
+DIGITS_SHAPE = Shape()
+
+
 class Classifier(nn.Module):
-    """Base class: images (B, 1, 28, 28) in [0, 1] -> features (B, 128) -> logits (B, 10)."""
+    """Base class: images (B, C, H, W) in [0, 1] -> features (B, F) -> logits (B, K)."""
 
     num_features = 128
 
-    def __init__(self, body: nn.Sequential, dropout: float) -> None:
+    def __init__(self, body: nn.Sequential, dropout: float, shape: Shape) -> None:
         super().__init__()
+        self.shape = shape
         self.body = body
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(self.num_features, NUM_CLASSES)
+        self.head = nn.Linear(self.num_features, shape.num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """Returns the inputs of the head, (B, 128)."""
+        """Returns the inputs of the head, (B, F)."""
         return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the logits, (B, 10)."""
+        """Returns the logits, (B, K)."""
         return self.head(self.dropout(self.features(x)))
 
 
 class Judge(Classifier):
     """Five convolutions with batch norm, followed by global average pooling."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape = DIGITS_SHAPE) -> None:
+        width = shape.width
+        self.num_features = 4 * width
         body = nn.Sequential(
-            *_conv(1, 32, 5),
+            *_conv(shape.image[0], width, 5),
             nn.MaxPool2d(2),
-            *_conv(32, 64, 3),
-            *_conv(64, 64, 3),
+            *_conv(width, 2 * width, 3),
+            *_conv(2 * width, 2 * width, 3),
             nn.MaxPool2d(2),
-            *_conv(64, 128, 3),
-            *_conv(128, self.num_features, 3),
+            *_conv(2 * width, 4 * width, 3),
+            *_conv(4 * width, self.num_features, 3),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
-        super().__init__(body, dropout=0.2)
+        super().__init__(body, 0.2, shape)
 
 
 class Extractor(Classifier):
     """Like LeNet-5 (LeCun 1998), with batch norm: two convolutions and a linear layer that keeps positions."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape = DIGITS_SHAPE) -> None:
+        (channels, height, _), width = shape.image, shape.width
         body = nn.Sequential(
-            *_conv(1, 32, 5),
+            *_conv(channels, width, 5),
             nn.MaxPool2d(2),
-            *_conv(32, 64, 5),
+            *_conv(width, 2 * width, 5),
             nn.MaxPool2d(2),
             nn.Flatten(),
             nn.Dropout(0.3),
-            nn.Linear(64 * 7 * 7, self.num_features, bias=False),
+            nn.Linear(2 * width * (height // 4) ** 2, self.num_features, bias=False),
             nn.BatchNorm1d(self.num_features),
             nn.ReLU(inplace=True),
         )
-        super().__init__(body, dropout=0.3)
+        super().__init__(body, 0.3, shape)
 
 
-KINDS: dict[str, Callable[[], Classifier]] = {"judge": Judge, "extractor": Extractor, "fog_judge": Judge}
+KINDS: dict[str, Callable[[Shape], Classifier]] = {"judge": Judge, "extractor": Extractor, "fog_judge": Judge}
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int) -> tuple[nn.Module, ...]:
@@ -100,27 +116,27 @@ class Trained:
 
     @property
     def accuracy(self) -> float:
-        """The accuracy on MNIST's 10,000 test digits, measured after the training."""
+        """The accuracy on real test images, measured after the training."""
         return float(self.facts["test_accuracy"])
 
 
 @torch.inference_mode()
 def features_of(network: Classifier, images: Tensor) -> Tensor:
-    """Returns the features (N, 128) of uint8 images (N, 1, 28, 28). Raises ScriptError for other images."""
-    if images.dtype != torch.uint8 or images.shape[1:] != (1, 28, 28):
-        kind = f"{images.dtype} of {tuple(images.shape[1:])}"
-        raise ScriptError(f"Classifiers need uint8 images of 1x28x28, not {kind}")
+    """Returns the features (N, F) of uint8 images (N, C, H, W). Raises ScriptError for images of another shape."""
+    if images.dtype != torch.uint8 or images.shape[1:] != network.shape.image:
+        needed, kind = "x".join(map(str, network.shape.image)), f"{images.dtype} of {tuple(images.shape[1:])}"
+        raise ScriptError(f"The classifier needs uint8 images of {needed}, not {kind}")
     return torch.cat([network.features(batch / 255) for batch in images.split(BATCH_SIZE)])
 
 
 @torch.inference_mode()
 def probabilities_of(network: Classifier, images: Tensor) -> Tensor:
-    """Returns the class probabilities (N, 10) of uint8 images (N, 1, 28, 28)."""
+    """Returns the class probabilities (N, K) of uint8 images (N, C, H, W)."""
     return network.head(features_of(network, images)).softmax(dim=1)
 
 
 def recognise(network: Classifier, images: Tensor) -> Tensor:
-    """Returns the most probable digit of each image: uint8 (N, 1, 28, 28) -> int64 (N,)."""
+    """Returns the most probable label of each image: uint8 (N, C, H, W) -> int64 (N,)."""
     return probabilities_of(network, images).argmax(dim=1)
 
 
@@ -134,19 +150,20 @@ def save_classifier(path: Path, kind: str, network: Classifier, facts: dict[str,
     tensors = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in network.state_dict().items()
     }
-    write_atomically(path, serialize(tensors, {METADATA_KEY: json.dumps({"kind": kind, **facts})}))
+    metadata = {"kind": kind, **facts, **({} if network.shape == DIGITS_SHAPE else {"shape": asdict(network.shape)})}
+    write_atomically(path, serialize(tensors, {METADATA_KEY: json.dumps(metadata)}))
 
 
 def load_classifier(kind: str, path: Path | None = None) -> Trained:
     """Loads a classifier from the file, or the shipped one for None. Raises ScriptError for a wrong or damaged file."""
     path = path or WEIGHTS / f"{kind}.safetensors"
-    network = KINDS[kind]()
     try:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})[METADATA_KEY])
             if facts.pop("kind") != kind:
                 raise KeyError(kind)
+            network = KINDS[kind](_shape(facts.pop("shape", None)))
             network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
         float(facts["test_accuracy"])
     except OSError as error:
@@ -155,3 +172,10 @@ def load_classifier(kind: str, path: Path | None = None) -> Trained:
         message = f"{path} is not a {kind}. Train one with python -m scripts.train_classifiers {kind}"
         raise ScriptError(message) from error
     return Trained(network.eval().requires_grad_(False), facts, sha256)
+
+
+def _shape(values: dict[str, Any] | None) -> Shape:
+    if values is None:
+        return DIGITS_SHAPE
+    channels, height, width = (int(each) for each in values["image"])
+    return Shape((channels, height, width), int(values["num_classes"]), int(values["width"]))

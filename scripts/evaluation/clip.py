@@ -14,10 +14,10 @@ from model.diffusion import Diffusion
 from model.pixels import from_pixels, to_pixels
 from model.prompts import digit_prompt
 from model.schedule import Schedule, ScheduleConfig
+from scripts.common.data.data_set import ImageSet
 from scripts.common.drawing import load_clip
 from scripts.common.mnist import NUM_CLASSES
 from scripts.evaluation.captions import CLEAR, NOISY
-from scripts.evaluation.samples import Digits
 
 BATCH_SIZE = 250
 PROMPTS = (*map(digit_prompt, range(NUM_CLASSES)), CLEAR, NOISY)
@@ -48,7 +48,7 @@ class ClipScorer:
         batches = images.split(BATCH_SIZE)
         return torch.cat([self.clip.embed_images(from_pixels(batch)) @ texts.T for batch in batches])
 
-    def score(self, digits: Digits) -> ClipScores:
+    def score(self, digits: ImageSet) -> ClipScores:
         """Returns the scores of these digits."""
         similarities = self.similarities(digits.images, list(PROMPTS))  # (N, 12)
         by_digit, clear, noisy = similarities[:, :NUM_CLASSES], similarities[:, -2], similarities[:, -1]
@@ -58,7 +58,7 @@ class ClipScorer:
             similarity=by_digit.gather(1, digits.labels[:, None]).mean().item(),
         )
 
-    def tells_noise(self, digits: Digits, scores: ClipScores) -> float:
+    def tells_noise(self, digits: ImageSet, scores: ClipScores) -> float:
         """Returns the accuracy of deciding between clear and noisy pictures, 0.5 for guessing.
 
         The pictures are the clear digits, with their `scores`, and the same digits at t = 20 to 100.
@@ -66,12 +66,12 @@ class ClipScorer:
         return (scores.clear + 1 - self.score(noised(digits)).clear) / 2
 
 
-def noised(digits: Digits) -> Digits:
+def noised(digits: ImageSet) -> ImageSet:
     """Adds noise of the cosine schedule: t goes from 20 to 100 and starts again. The noise has a fixed seed."""
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(0))
     t = PLAINLY_NOISY_FROM + torch.arange(len(digits.images)) % (diffusion.num_steps + 1 - PLAINLY_NOISY_FROM)  # (N,)
     x_t, _ = diffusion.add_noise(from_pixels(digits.images), t)
-    return Digits(to_pixels(x_t), digits.labels)
+    return ImageSet(to_pixels(x_t), digits.labels)
 
 
 def as_json(scorer: ClipScorer, drawn: ClipScores, real: ClipScores, tells_noise: float) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from model.files import write_json
 from model.pixels import to_pixels
+from scripts.common.data.data_set import ImageSet
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.figures import finish_curves, new_figure, save_figure
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 from scripts.evaluation.captions import CLEAR, NOISY
 from scripts.evaluation.clip import PROMPTS, ClipScorer
-from scripts.evaluation.samples import Digits, balanced, load_references
+from scripts.evaluation.samples import balanced, load_references
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +60,7 @@ def evaluate_clip(
 
 
 def scores_along(
-    drawer: Drawer, options: DrawingOptions, scorer: ClipScorer, real: Digits, reporter: Reporter, *, seed: int
+    drawer: Drawer, options: DrawingOptions, scorer: ClipScorer, real: ImageSet, reporter: Reporter, *, seed: int
 ) -> tuple[list[int], Tensor, Tensor]:
     """Returns the timesteps down to 0, and mean similarities to each of LINES: of x_t (K, 3), and of real digits (3,).
 
@@ -70,15 +71,15 @@ def scores_along(
 
     def score_step(t: int, x_t: Tensor, x_0: Tensor) -> None:
         timesteps.append(t)
-        means.append(_mean_scores(scorer, Digits(to_pixels(x_t.cpu()), real.labels)))
+        means.append(_mean_scores(scorer, ImageSet(to_pixels(x_t.cpu()), real.labels)))
 
     index = torch.arange(len(real.labels))
     x_0 = drawer.draw(real.labels, index, options, reporter, seed=seed, batch_size=len(index), on_step=score_step)
-    means.append(_mean_scores(scorer, Digits(to_pixels(x_0), real.labels)))
+    means.append(_mean_scores(scorer, ImageSet(to_pixels(x_0), real.labels)))
     return [*timesteps, 0], torch.stack(means), _mean_scores(scorer, real)
 
 
-def _mean_scores(scorer: ClipScorer, digits: Digits) -> Tensor:
+def _mean_scores(scorer: ClipScorer, digits: ImageSet) -> Tensor:
     similarities = scorer.similarities(digits.images, list(PROMPTS))  # (N, 12)
     own = similarities.gather(1, digits.labels[:, None])  # (N, 1)
     return torch.cat([own, similarities[:, NUM_CLASSES:]], dim=1).mean(dim=0)

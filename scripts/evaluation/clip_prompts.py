@@ -19,12 +19,13 @@ from model.files import write_atomically, write_json
 from model.pixels import to_pixels
 from model.prompts import DIGIT_WORDS, LEAST_SHARE, digit_prompt
 from model.spec import EMBEDDED
+from scripts.common.data.data_set import ImageSet
 from scripts.common.drawing import DrawingRequest, open_drawer, options_from
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 from scripts.evaluation.captions import DIGIT_CAPTIONS, STATE_CAPTIONS
 from scripts.evaluation.clip import ClipScorer
-from scripts.evaluation.samples import Digits, balanced, check_digits, load_references
+from scripts.evaluation.samples import balanced, check_digits, load_references
 from scripts.evaluation.tables import as_table
 
 NUM_REAL = 2_000  # real digits whose similarity to their prompts is measured
@@ -85,7 +86,7 @@ def evaluate_clip_prompts(
     drawer.compile(request.compile, reporter)
     labels = torch.arange(num_images) % NUM_CLASSES
     x_0 = drawer.draw(labels, torch.arange(num_images), options, reporter, seed=request.seed, batch_size=64)
-    typical, groups = measure(scorer, real, Digits(to_pixels(x_0), labels))
+    typical, groups = measure(scorer, real, ImageSet(to_pixels(x_0), labels))
     table = as_markdown(groups)
     reporter.line(table)
     write_atomically(out.with_suffix(".md"), table.encode())
@@ -103,7 +104,7 @@ def evaluate_clip_prompts(
     write_json(out, content)
 
 
-def measure(scorer: ClipScorer, real: Digits, drawn: Digits) -> tuple[float, list[Group]]:
+def measure(scorer: ClipScorer, real: ImageSet, drawn: ImageSet) -> tuple[float, list[Group]]:
     """Returns the mean similarity of the compared digits and their own prompts, and the groups."""
     compared = torch.cat(read_compared_digits())  # (100, 1, 28, 28)
     prompts = [digit_prompt(digit) for digit in range(NUM_CLASSES)]
@@ -119,7 +120,7 @@ def measure(scorer: ClipScorer, real: Digits, drawn: Digits) -> tuple[float, lis
         unknown = {prompt: bool(scorer.clip.unknown_words([prompt])) for prompt in columns}
         return _group(name, of_pairs, torch.tensor([unknown[prompt] for prompt, _ in pairs]), typical)
 
-    def of_pictures(kind: str, digits: Digits) -> list[Group]:
+    def of_pictures(kind: str, digits: ImageSet) -> list[Group]:
         similarities = scorer.similarities(digits.images, prompts)  # (N, 10)
         known = torch.zeros(len(similarities), dtype=torch.bool)
         of_digit, of_next = (

@@ -16,12 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from model.diffusion import Diffusion
 from model.files import write_atomically, write_json
 from model.schedule import Schedule, ScheduleConfig
+from scripts.common.data.data_set import ImageSet
 from scripts.common.mnist import load_mnist, split_validation
 from scripts.common.progress import Reporter, require
 from scripts.evaluation.captions import CAPTIONS, Scene, make_scene, truth
 from scripts.evaluation.classifier_training import Batches, fit
 from scripts.evaluation.clip import ClipScorer
-from scripts.evaluation.samples import Digits
 
 MODEL: dict[str, Any] = {
     "embed_dim": 64,
@@ -60,7 +60,7 @@ def train_and_save_clip(folder: Path, data_dir: Path, reporter: Reporter, *, epo
     facts: dict[str, Any] = {"data": data, "epochs": epochs, "seed": seed}
     save_clip(folder, model, tokens, facts)
     scorer = ClipScorer(str(folder))
-    for name, digits in (("validation", Digits(*choose)), ("test", Digits(*test))):
+    for name, digits in (("validation", ImageSet(*choose)), ("test", ImageSet(*test))):
         scores = scorer.score(digits)
         recognised, told = scores.recognised, scorer.tells_noise(digits, scores)
         facts[name] = {"recognised": recognised, "tells_noise": told}

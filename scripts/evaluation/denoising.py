@@ -25,6 +25,7 @@ from model.pixels import to_pixels
 from model.process import Start, draw
 from model.sampler import plan_through
 from model.spec import Guidance
+from scripts.common.data.data_set import ImageSet
 from scripts.common.drawing import Drawer, DrawingRequest, open_digit_drawer
 from scripts.common.figures import Panel, draw_panels, save_figure
 from scripts.common.progress import Reporter
@@ -37,7 +38,7 @@ from scripts.evaluation.noise_search import (
     search,
     search_figures,
 )
-from scripts.evaluation.samples import Digits, load_references
+from scripts.evaluation.samples import load_references
 from scripts.evaluation.tables import as_table
 
 LEVELS = (20, 35, 50, 65)  # timesteps whose noise levels are evaluated
@@ -63,7 +64,7 @@ def evaluate_denoising(
 ) -> None:
     """Writes a plot and JSON, and prints a table. Raises CheckpointError or ScriptError."""
     held_out = load_references(split, data_dir).held_out
-    digits = Digits(held_out.images[:num_images], held_out.labels[:num_images])
+    digits = held_out.rows(slice(num_images))
     judge = load_classifier("judge")
     drawer = open_digit_drawer(drawing, reporter)
     denoiser, loaded = Denoiser(drawer), drawer.checkpoint
@@ -94,7 +95,7 @@ def evaluate_denoising(
 
 
 def evaluate_search(
-    denoiser: "Denoiser", digits: Digits, reporter: Reporter, *, has_fit: bool
+    denoiser: "Denoiser", digits: ImageSet, reporter: Reporter, *, has_fit: bool
 ) -> list[dict[str, float]]:
     """Prints a table of the search for the digit, with a given noise level. Returns its rows.
 
@@ -185,7 +186,7 @@ def psnr(images: Tensor, truth: Tensor) -> float:
 
 
 def figures_of(
-    answers: Denoised, noisy: Tensor, digits: Digits, noise_std: float, judge: Classifier
+    answers: Denoised, noisy: Tensor, digits: ImageSet, noise_std: float, judge: Classifier
 ) -> dict[str, float]:
     """Returns the figures of one noise level."""
     relative = (answers.noise_std / noise_std - 1).abs()  # (N,)
@@ -213,7 +214,7 @@ def as_row(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def panel_of(answers: Denoised, noisy: Tensor, digits: Digits, noise_std: float, *, has_rows: bool) -> Panel:
+def panel_of(answers: Denoised, noisy: Tensor, digits: ImageSet, noise_std: float, *, has_rows: bool) -> Panel:
     """Returns a grid for one noise level: a row for each of a few digits, a column for each kind of image.
 
     `has_rows` adds the labels of the rows.

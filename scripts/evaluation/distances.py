@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import require
 from scripts.evaluation.tables import MANIFOLD
 
 NEAREST_PRECISION = 3  # neighbours for precision and recall, as in the paper
 NEAREST_COVERAGE = 5  # neighbours for coverage, as in the paper
+FEWEST_COMPARED = NEAREST_COVERAGE + 1  # images of a class
 DISTANCE_ROWS = 500  # rows of the distance matrix in memory
 
 
@@ -39,27 +39,27 @@ def frechet_distance(features: Tensor, real: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Manifold:
-    """Precision, recall and coverage between 0 and 1, as means over the digits and for each digit."""
+    """Precision, recall and coverage between 0 and 1, as means over the classes and for each class."""
 
     precision: float  # share of generated images within the manifold of the real images
     recall: float  # share of real images within the manifold of the generated images
     coverage: float  # share of real images with a generated image in their neighbourhood
-    per_digit: dict[str, list[float]]  # name of the metric -> values of the digits 0 to 9
+    per_class: dict[str, list[float]]  # name of the metric -> value of each class
 
 
 def compare_manifolds(features: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor) -> Manifold:
-    """Returns precision, recall and coverage of features (N, F) compared with `real` (M, F), for each digit.
+    """Returns precision, recall and coverage of features (N, F) compared with `real` (M, F), for each class.
 
-    The labels are (N,) and (M,). For each digit, both sets are cut to the number of images of the smaller set.
+    The labels are (N,) and (M,). For each class, both sets are cut to the number of images of the smaller set.
     """
-    shares = []
-    for digit in range(NUM_CLASSES):
-        ours, theirs = features[labels == digit], real[real_labels == digit]
+    shares, num_classes = [], int(real_labels.max()) + 1
+    for label in range(num_classes):
+        ours, theirs = features[labels == label], real[real_labels == label]
         count = min(len(ours), len(theirs))
         shares.append(_shares(ours[:count], theirs[:count]))
-    per_digit = {name: list(each) for name, each in zip(MANIFOLD, zip(*shares, strict=True), strict=True)}
-    means = {name: sum(each) / NUM_CLASSES for name, each in per_digit.items()}
-    return Manifold(**means, per_digit=per_digit)
+    per_class = {name: list(each) for name, each in zip(MANIFOLD, zip(*shares, strict=True), strict=True)}
+    means = {name: sum(each) / num_classes for name, each in per_class.items()}
+    return Manifold(**means, per_class=per_class)
 
 
 def _shares(features: Tensor, real: Tensor) -> list[float]:
@@ -101,7 +101,7 @@ class Nearest:
 
 
 def nearest_learned(images: Tensor, learned: Tensor) -> Nearest:
-    """Finds the nearest training images, `learned` (M, 1, H, W), of `images` (N, 1, H, W), both uint8."""
+    """Finds the nearest training images, `learned` (M, C, H, W), of `images` (N, C, H, W), both uint8."""
     ours, theirs = images.flatten(1).float() / 255, learned.flatten(1).float() / 255
     found = [torch.cdist(rows, theirs).topk(2, dim=1, largest=False) for rows in ours.split(DISTANCE_ROWS)]
     return Nearest(torch.cat([f.values for f in found]), torch.cat([f.indices for f in found]))

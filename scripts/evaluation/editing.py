@@ -16,12 +16,13 @@ from model.pixels import from_pixels, to_pixels
 from model.process import Start
 from model.process import recognise as recognise_by_diffusion
 from model.recognition import Readout
+from scripts.common.data.data_set import ImageSet
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.figures import Panel, draw_panels, save_figure
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import Trained, features_of, load_classifier, recognise
-from scripts.evaluation.samples import Digits, load_references
+from scripts.evaluation.samples import load_references
 from scripts.evaluation.sketches import draw_sketches
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def evaluate_editing(
     options = options_from(request, drawer.checkpoint)
     real = features_of(extractor.network, load_references(split, data_dir).held_out.images)  # (M, 128)
     pictures, digits = draw_sketches(num_images // NUM_CLASSES)
-    sketches = Digits(torch.stack([normalise(picture).pixels for picture in pictures]), digits)
+    sketches = ImageSet(torch.stack([normalise(picture).pixels for picture in pictures]), digits)
     drawer.compile(request.compile, reporter)
     rows, shown = list[Redrawn](), {"sketch": sketches.images}
     results = recognise_by_diffusion(
@@ -84,7 +85,7 @@ def evaluate_editing(
         labels = digits if class_given else guessed
         for strength in STRENGTHS:
             t = start_timestep(drawer.checkpoint.schedule, strength)
-            images = redraw(drawer, options, Digits(sketches.images, labels), t, reporter, request)
+            images = redraw(drawer, options, ImageSet(sketches.images, labels), t, reporter, request)
             figures = _figures(images, sketches, trained, extractor, real)
             rows.append(Redrawn(strength, class_given, t, *figures))
             reporter.line(rows[-1].line())
@@ -108,7 +109,7 @@ def evaluate_editing(
 
 
 def redraw(
-    drawer: Drawer, options: DrawingOptions, sketches: Digits, t: int, reporter: Reporter, request: DrawingRequest
+    drawer: Drawer, options: DrawingOptions, sketches: ImageSet, t: int, reporter: Reporter, request: DrawingRequest
 ) -> Tensor:
     """Returns the sketches after noise up to timestep `t` and the reverse process, uint8 (N, 1, 28, 28).
 
@@ -125,7 +126,7 @@ def redraw(
 
 
 def _figures(
-    images: Tensor, sketches: Digits, judge: Trained, extractor: Trained, real: Tensor
+    images: Tensor, sketches: ImageSet, judge: Trained, extractor: Trained, real: Tensor
 ) -> tuple[float, float, float]:
     """Returns the share that is recognised, the mean L2 distance from the sketches and from the nearest real digits."""
     recognised = (recognise(judge.network, images) == sketches.labels).double().mean().item()

@@ -12,12 +12,13 @@ from model.diffusion import Diffusion
 from model.files import write_json
 from model.pixels import from_pixels, to_pixels
 from model.schedule import Schedule
+from scripts.common.data.data_set import ImageSet
 from scripts.common.figures import LABEL_SIZE, finish_curves, new_figure, save_figure
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter, require
 from scripts.evaluation.classifiers import Classifier, load_classifier
 from scripts.evaluation.recognition import recognition
-from scripts.evaluation.samples import Digits, load_references
+from scripts.evaluation.samples import load_references
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +57,7 @@ def evaluate_fog(path: Path, judge: Path | None, out: Path, reporter: Reporter, 
 
 
 def recognised_in_fog(
-    network: Classifier, digits: Digits, schedule: Schedule, timesteps: list[int], reporter: Reporter
+    network: Classifier, digits: ImageSet, schedule: Schedule, timesteps: list[int], reporter: Reporter
 ) -> tuple[Tensor, Tensor]:
     """Returns the share of each digit that is recognised in x_t, and its informedness, both (len(timesteps), 10).
 
@@ -71,8 +72,8 @@ def recognised_in_fog(
     with reporter.task("recognising noisy digits", len(timesteps), "timesteps") as task:
         for t in timesteps:
             x_t, _ = diffusion.add_noise(x_0, torch.full((len(x_0),), t), eps)
-            seen = recognition(network, Digits(to_pixels(x_t), digits.labels))
-            recognised.append(torch.tensor(seen.per_digit))
+            seen = recognition(network, ImageSet(to_pixels(x_t), digits.labels))
+            recognised.append(torch.tensor(seen.per_class))
             informed.append(informedness(torch.tensor(seen.confusion)))
             task.advance(1)
     return torch.stack(recognised), torch.stack(informed)

@@ -14,12 +14,13 @@ from model.inpainting import ClassDistances, inpainting_path, recognition_path
 from model.pixels import from_pixels, to_pixels
 from model.process import Start, compare
 from model.sampler import plan_through
+from scripts.common.data.data_set import ImageSet
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.figures import Panel, draw_panels, save_figure
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import Classifier, load_classifier, recognise
-from scripts.evaluation.samples import Digits, balanced, load_references
+from scripts.evaluation.samples import balanced, load_references
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -147,7 +148,7 @@ def measure(
     guessed: Tensor | None,
     filled: Tensor,
     is_known: Tensor,
-    digits: Digits,
+    digits: ImageSet,
     judge: Classifier,
 ) -> Filled:
     """Returns the figures of filled images. `guessed` has the classes that were guessed, or None if they were given."""

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from scripts.common.data.data_set import ImageSet
 from scripts.common.progress import require
-from scripts.evaluation.samples import Digits
 
 SIZE, BOX = 28, 20  # MNIST scales a digit to a box of 20x20 pixels and centres it by mass in 28x28 pixels
 # Letters that have the shape of a digit in many fonts or handwritings are left out: B b D G g I i J j l O o Q q S s Y y
@@ -24,14 +24,14 @@ FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono"
 MIRRORED, UPSIDE_DOWN, HALVED = (2, 3, 4, 5, 7), (3, 4, 7), (2, 3, 4, 5, 6, 8, 9)
 
 
-def non_digits(digits: Digits, count: int, seed: int) -> dict[str, Tensor]:
+def non_digits(digits: ImageSet, count: int, seed: int) -> dict[str, Tensor]:
     """Returns `count` images (count, 1, 28, 28) uint8 of each kind. Some kinds are made from the given digits.
 
     A kind has fewer images if there are fewer digits for it.
     """
     generator = np.random.default_rng(seed)
     order = torch.from_numpy(generator.permutation(len(digits.labels)))  # (N,)
-    digits = Digits(digits.images[order], digits.labels[order])
+    digits = digits.rows(order)
 
     def some(*labels: int) -> Tensor:
         return digits.images[torch.isin(digits.labels, torch.tensor(labels))][:count]

@@ -1,4 +1,4 @@
-"""Computes all metrics of a set of digits, and the same metrics of real digits for comparison."""
+"""Computes all metrics of a set of generated images, and the same metrics of real images for comparison."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,13 +9,15 @@ from torch import Tensor
 
 from model.files import write_atomically, write_json
 from model.pixels import to_pixels
+from model.spec import DIGITS
+from scripts.common.data.data_set import ImageSet
 from scripts.common.figures import save_figure
-from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 from scripts.evaluation import clip
 from scripts.evaluation.classifiers import Trained, features_of, load_classifier
 from scripts.evaluation.clip import ClipScorer
 from scripts.evaluation.distances import (
+    FEWEST_COMPARED,
     Manifold,
     Nearest,
     compare_manifolds,
@@ -25,79 +27,103 @@ from scripts.evaluation.distances import (
 )
 from scripts.evaluation.pictures import show_confusion, show_nearest
 from scripts.evaluation.recognition import Recognition, recognition
-from scripts.evaluation.samples import Digits, References, Samples, balanced, load_references
-from scripts.evaluation.tables import FRECHET_RATIO, fixed, too_few_images
+from scripts.evaluation.samples import (
+    References,
+    Samples,
+    balanced,
+    load_references,
+)
+from scripts.evaluation.tables import MANIFOLD, fixed, too_few_images
+
+FEW_OF_EACH = 100  # generated images of each class, below which the share of one class is rough
+GOOD_JUDGE = 0.95  # accuracy on real images, below which the mistakes of the judge matter
+MANY_MEMORISED = 0.01  # share of the generated images
+MOST_LISTED = 30  # classes with a share in the table
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Metrics of a set of digits, and the same metrics of real digits.
+    """Metrics of a set of images, and the same metrics of real images.
 
-    The real digits are the same number of training digits. Both sets are compared with held-out digits. All sets have
-    the ten digits equally often, since a different mix would add to the distance. Fréchet distances are None for fewer
-    than tables.FEWEST_IMAGES images.
+    The real images are the same number of training images. Both sets are compared with held-out images. All sets have
+    the classes equally often, since a different mix would add to the distance. Fréchet distances are None for fewer
+    than tables.FEWEST_IMAGES images, and manifolds for fewer than FEWEST_COMPARED images of a class.
     """
 
     num_images: int
-    num_held_out: int  # held-out digits for distances: equally many of each digit
-    split: str  # MNIST split of the held-out digits
+    num_held_out: int  # held-out images for distances: equally many of each class
+    split: str  # split of the held-out images
     judge: Recognition
-    real_judge: Recognition  # metrics of all held-out digits
+    real_judge: Recognition  # metrics of all held-out images
     extractor: Recognition
     real_extractor: Recognition
     frechet: float | None
     real_frechet: float | None
     noise_frechet: float | None  # Fréchet distance of random noise
-    manifold: Manifold
-    real_manifold: Manifold
+    judge_frechet: float | None  # as frechet, with the features of the judge
+    real_judge_frechet: float | None
+    manifold: Manifold | None
+    real_manifold: Manifold | None
     memorised: float
-    held_out_memorised: float  # share of held-out digits that would count as memorised
+    held_out_memorised: float  # share of held-out images that would count as memorised
 
     @property
     def frechet_ratio(self) -> float | None:
-        """The Fréchet distance divided by that of real digits."""
-        if self.frechet is None or self.real_frechet is None:
-            return None
-        return self.frechet / self.real_frechet
+        """The Fréchet distance divided by that of real images."""
+        return _ratio(self.frechet, self.real_frechet)
+
+    @property
+    def judge_frechet_ratio(self) -> float | None:
+        """As `frechet_ratio`, with the features of the judge."""
+        return _ratio(self.judge_frechet, self.real_judge_frechet)
+
+
+def _ratio(distance: float | None, floor: float | None) -> float | None:
+    return None if distance is None or not floor else distance / floor
 
 
 class Evaluator:
-    """Evaluates sets of digits. The metrics of the real digits are computed only once."""
+    """Evaluates sets of images. The metrics of the real images are computed only once."""
 
     def __init__(self, references: References, judge: Trained, extractor: Trained, num_images: int) -> None:
         self.references, self.judge, self.extractor, self.num_images = references, judge, extractor, num_images
         self.real_judge, self.real_extractor = (recognition(n.network, references.held_out) for n in (judge, extractor))
-        fewest = min(sum(row) for row in self.real_judge.confusion)
-        held_out, real = balanced(references.held_out, NUM_CLASSES * fewest), balanced(references.learned, num_images)
+        num_classes, fewest = len(references.class_names), min(sum(row) for row in self.real_judge.confusion)
+        held_out = balanced(references.held_out, num_classes * fewest, num_classes)
+        real = balanced(references.learned, num_images, num_classes)
         self._held_out_features, self._held_out_labels = self._features(held_out.images), held_out.labels  # (M, F)
+        self._held_out_judged = features_of(judge.network, held_out.images)  # (M, F)
         real_features = self._features(real.images)  # (N, F)
         noise = torch.randn(real.images.shape, generator=torch.Generator().manual_seed(0))
         self.real_frechet = self._distance(real_features)
+        self.real_judge_frechet = self._judge_distance(real.images)
         self._noise_distance = self._distance(self._features(to_pixels(noise)))
         self.real_manifold = self._manifold(real_features, real.labels)
         self._held_out_nearest = nearest_learned(held_out.images[:num_images], references.learned.images)
 
-    def evaluate(self, digits: Digits, reporter: Reporter) -> tuple[Quality, Nearest]:
-        """Returns the metrics of these digits and their nearest training images."""
+    def evaluate(self, drawn: ImageSet, reporter: Reporter) -> tuple[Quality, Nearest]:
+        """Returns the metrics of these images and their nearest training images."""
         with reporter.task("evaluating", 3, "parts") as task:
-            features = self._features(digits.images)  # (N, F)
-            judged = recognition(self.judge.network, digits)
+            features = self._features(drawn.images)  # (N, F)
+            judged = recognition(self.judge.network, drawn)
             task.advance(1)
-            manifold = self._manifold(features, digits.labels)
+            manifold = self._manifold(features, drawn.labels)
             task.advance(1)
-            nearest = nearest_learned(digits.images, self.references.all_learned.images)
+            nearest = nearest_learned(drawn.images, self.references.all_learned.images)
             task.advance(1)
         quality = Quality(
-            num_images=len(digits.images),
+            num_images=len(drawn),
             num_held_out=len(self._held_out_labels),
             split=self.references.name,
             judge=judged,
             real_judge=self.real_judge,
-            extractor=recognition(self.extractor.network, digits),
+            extractor=recognition(self.extractor.network, drawn),
             real_extractor=self.real_extractor,
             frechet=self._distance(features),
             real_frechet=self.real_frechet,
             noise_frechet=self._noise_distance,
+            judge_frechet=self._judge_distance(drawn.images),
+            real_judge_frechet=self.real_judge_frechet,
             manifold=manifold,
             real_manifold=self.real_manifold,
             memorised=memorised_share(nearest),
@@ -114,10 +140,17 @@ class Evaluator:
         return features_of(self.extractor.network, images)
 
     def _distance(self, features: Tensor) -> float | None:
-        """Returns the Fréchet distance to the held-out digits, None if there are too few images."""
+        """Returns the Fréchet distance to the held-out images, None if there are too few images."""
         return None if too_few_images(self.num_compared) else frechet_distance(features, self._held_out_features)
 
-    def _manifold(self, features: Tensor, labels: Tensor) -> Manifold:
+    def _judge_distance(self, images: Tensor) -> float | None:
+        if too_few_images(self.num_compared):
+            return None
+        return frechet_distance(features_of(self.judge.network, images), self._held_out_judged)
+
+    def _manifold(self, features: Tensor, labels: Tensor) -> Manifold | None:
+        if self.num_compared < FEWEST_COMPARED * len(self.references.class_names):
+            return None
         return compare_manifolds(features, labels, self._held_out_features, self._held_out_labels)
 
 
@@ -127,47 +160,74 @@ def as_json(quality: Quality, evaluator: Evaluator) -> dict[str, Any]:
     return {
         **asdict(quality),
         "frechet_ratio": quality.frechet_ratio,
+        "judge_frechet_ratio": quality.judge_frechet_ratio,
+        "class_names": evaluator.references.class_names,
         "networks": {name: {"sha256": n.sha256, "test_accuracy": n.accuracy} for name, n in networks.items()},
-        "notes": notes_of(quality),
+        "notes": notes_of(quality, evaluator.references.class_names),
     }
 
 
-def as_markdown(quality: Quality) -> str:
-    """Returns a Markdown table of the metrics of these digits and of real digits."""
-    ours, theirs = quality.manifold, quality.real_manifold
+def as_markdown(quality: Quality, class_names: tuple[str, ...] = DIGITS) -> str:
+    """Returns a Markdown table of the metrics of these images and of real images."""
     real_distance = fixed(quality.real_frechet, 4)
     if quality.noise_frechet is not None:
         real_distance += f" (noise {quality.noise_frechet:.0f})"
     rows = [
-        *_recognition_rows("recognised as asked", quality.judge, quality.real_judge),
+        *_recognition_rows("recognised as asked", quality.judge, quality.real_judge, class_names),
         ("entropy of the judge, nats", f"{quality.judge.entropy:.3f}", f"{quality.real_judge.entropy:.3f}"),
-        *_recognition_rows("recognised by the extractor", quality.extractor, quality.real_extractor)[:1],
+        *_recognition_rows("recognised by the extractor", quality.extractor, quality.real_extractor, class_names)[:1],
         ("Fréchet distance", fixed(quality.frechet, 4), real_distance),
-        (FRECHET_RATIO, fixed(quality.frechet_ratio, 2), "1"),
-        ("precision", f"{ours.precision:.3f}", f"{theirs.precision:.3f}"),
-        ("recall", f"{ours.recall:.3f}", f"{theirs.recall:.3f}"),
-        ("coverage", f"{ours.coverage:.3f}", f"{theirs.coverage:.3f}"),
+        ("ratio to real images", fixed(quality.frechet_ratio, 2), "1"),
+        ("the same ratio in the features of the judge", fixed(quality.judge_frechet_ratio, 2), "1"),
+        *((name, _share(quality.manifold, name), _share(quality.real_manifold, name)) for name in MANIFOLD),
         ("memorised", f"{quality.memorised:.2%}", f"{quality.held_out_memorised:.2%}"),
     ]
-    head = f"| metric | {quality.num_images:,} images | real digits ({quality.split} split) |\n| --- | --- | --- |\n"
+    head = f"| metric | {quality.num_images:,} images | real images ({quality.split}) |\n| --- | --- | --- |\n"
     return head + "\n".join(f"| {name} | {value} | {of_real} |" for name, value, of_real in rows)
 
 
-def notes_of(quality: Quality) -> list[str]:
-    """Returns a list with a sentence about the metrics that were not computed. It is empty if all were computed."""
-    note = too_few_images(min(quality.num_images, quality.num_held_out))
-    return [note] if note else []
+def notes_of(quality: Quality, class_names: tuple[str, ...] = DIGITS) -> list[str]:
+    """Returns sentences about metrics that were not computed, or that say little. It is empty if there are none."""
+    num_classes, real = len(class_names), quality.real_judge
+    compared = min(quality.num_images, quality.num_held_out)
+    of_each = compared // num_classes
+    notes = [too_few_images(compared)]
+    if quality.manifold is None:
+        notes.append(
+            f"Too few images for precision, recall and coverage: {of_each} of each class, at least {FEWEST_COMPARED} "
+            "needed."
+        )
+    if quality.num_images < FEW_OF_EACH * num_classes:
+        each = quality.num_images // num_classes
+        notes.append(f"With {each} images of each class, one image is {1 / each:.1%} of a class.")
+    if real.accuracy < GOOD_JUDGE:
+        notes.append(
+            f"The judge recognises only {real.accuracy:.1%} of the real images, so a generated image that it does not "
+            "recognise can be good."
+        )
+    if quality.memorised > MANY_MEMORISED and quality.memorised > 2 * quality.held_out_memorised:
+        notes.append(
+            f"{quality.memorised:.1%} of the images are nearly copies of a training image. More training images, or "
+            "fewer epochs, give fewer copies."
+        )
+    return [note for note in notes if note]
 
 
-def _recognition_rows(name: str, ours: Recognition, real: Recognition) -> list[tuple[str, str, str]]:
-    """Returns the table rows of a classifier: all digits, the worst digit, each digit."""
-    worst, real_worst = (f"{r.worst_digit}: {r.per_digit[r.worst_digit]:.2%}" for r in (ours, real))
-    each, real_each = (", ".join(f"{d}: {share:.1%}" for d, share in enumerate(r.per_digit)) for r in (ours, real))
-    return [
-        (name, f"{ours.accuracy:.2%}", f"{real.accuracy:.2%}"),
-        ("worst digit", worst, real_worst),
-        ("each digit", each, real_each),
-    ]
+def _share(manifold: Manifold | None, name: str) -> str:
+    return fixed(None if manifold is None else getattr(manifold, name), 3)
+
+
+def _recognition_rows(
+    name: str, ours: Recognition, real: Recognition, class_names: tuple[str, ...]
+) -> list[tuple[str, str, str]]:
+    """Returns the table rows of a classifier: all classes, the worst class, and each class if they are not many."""
+
+    def shares(of: Recognition) -> str:
+        return ", ".join(f"{name}: {share:.1%}" for name, share in zip(class_names, of.per_class, strict=True))
+
+    worst, real_worst = (f"{class_names[r.worst_class]}: {r.per_class[r.worst_class]:.2%}" for r in (ours, real))
+    rows = [(name, f"{ours.accuracy:.2%}", f"{real.accuracy:.2%}"), ("worst class", worst, real_worst)]
+    return [*rows, ("each class", shares(ours), shares(real))] if len(class_names) <= MOST_LISTED else rows
 
 
 def evaluate_digits(
@@ -189,22 +249,30 @@ def evaluate_digits(
     """
     scorer = ClipScorer(clip_model) if clip_model else None
     networks = load_classifier("judge", judge), load_classifier("extractor", extractor)
-    references = load_references(split, data_dir)
-    evaluator = Evaluator(references, *networks, samples.num_images)
+    evaluator = Evaluator(load_references(split, data_dir), *networks, samples.num_images)
+    evaluate_samples(samples, evaluator, reporter, out, scorer)
+
+
+def evaluate_samples(
+    samples: Samples, evaluator: Evaluator, reporter: Reporter, out: Path | None, scorer: ClipScorer | None = None
+) -> None:
+    """Computes all metrics, prints them, and writes them and plots to the folder `out` if given."""
     if out:
         out.mkdir(parents=True, exist_ok=True)
-    digits, source = samples.get()
-    quality, nearest = evaluator.evaluate(digits, reporter)
-    table, content = as_markdown(quality), {**source, **as_json(quality, evaluator)}
+    references, (drawn, source) = evaluator.references, samples.get()
+    names = references.class_names
+    quality, nearest = evaluator.evaluate(drawn, reporter)
+    table, content = as_markdown(quality, names), {**source, **as_json(quality, evaluator)}
     if scorer:
         real = references.held_out
         real_scores = scorer.score(real)
-        scores = scorer.score(digits), real_scores, scorer.tells_noise(real, real_scores)
+        scores = scorer.score(drawn), real_scores, scorer.tells_noise(real, real_scores)
         table, content["clip"] = f"{table}\n{clip.as_markdown(scorer, *scores)}", clip.as_json(scorer, *scores)
-    table = "\n\n".join([table, *notes_of(quality)])
+    table = "\n\n".join([table, *notes_of(quality, names)])
     reporter.line(table)
     if out:
         write_json(out / "evaluation.json", content)
         write_atomically(out / "evaluation.md", f"{table}\n".encode())
-        save_figure(show_confusion(quality.judge), out / "confusion.png", grey=False)
-        save_figure(show_nearest(digits, nearest, references.learned.images), out / "nearest.png", grey=True)
+        save_figure(show_confusion(quality.judge, names), out / "confusion.png", grey=False)
+        is_grey = drawn.images.shape[1] == 1
+        save_figure(show_nearest(drawn, nearest, references.learned.images), out / "nearest.png", grey=is_grey)

@@ -20,6 +20,7 @@ from model.files import write_atomically, write_json
 from model.pixels import from_pixels
 from model.process import recognise
 from model.recognition import CYCLE, DEFAULT_NUM_PAIRS, Readout, Recognition, ink_of
+from scripts.common.data.data_set import ImageSet
 from scripts.common.drawing import Drawer, DrawingRequest, open_digit_drawer
 from scripts.common.errors import ScriptError
 from scripts.common.figures import finish_curves, new_figure, save_figure
@@ -27,7 +28,7 @@ from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter, require
 from scripts.evaluation.non_digits import non_digits
 from scripts.evaluation.readout import fit_readout, fit_suspicion
-from scripts.evaluation.samples import Digits, load_references
+from scripts.evaluation.samples import load_references
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +64,7 @@ def evaluate_recognition(request: RecognitionRequest, drawing: DrawingRequest, r
 
     With `fit`, the constants are fitted to the digits first, and also written to `<out>.readout.json`.
     """
-    digits = Digits(*(part[: request.num_images] for part in load_references(request.split, request.data_dir).held_out))
+    digits = load_references(request.split, request.data_dir).held_out.rows(slice(request.num_images))
     drawer = open_digit_drawer(drawing, reporter)
     table = ErrorTable(request, drawer, digits)
     readout, started = Readout.of(drawer.checkpoint.weights_sha256, len(drawer.class_names)), time.monotonic()
@@ -109,7 +110,7 @@ def _rows(request: RecognitionRequest, table: "ErrorTable", readout: Readout, la
 
 
 def _others(
-    request: RecognitionRequest, drawer: Drawer, readout: Readout, digits: Digits, reporter: Reporter
+    request: RecognitionRequest, drawer: Drawer, readout: Readout, digits: ImageSet, reporter: Reporter
 ) -> dict[str, list[Recognition]]:
     """Returns the answers for images that show no digit, by kind."""
     if not request.num_non_digits:
@@ -156,9 +157,9 @@ def rejection(digits: Sequence[Recognition], others: dict[str, list[Recognition]
     return found
 
 
-def _plot(out: Path, drawer: Drawer, readout: Readout, digits: Digits, reporter: Reporter) -> None:
+def _plot(out: Path, drawer: Drawer, readout: Readout, digits: ImageSet, reporter: Reporter) -> None:
     """Evaluates a few digits without pruning, and plots their distances."""
-    shown = Digits(*(part[:NUM_PLOTTED] for part in digits))
+    shown = digits.rows(slice(NUM_PLOTTED))
     reporter.line(f"Evaluating all classes of {len(shown.labels)} digits for the plots")
     answers = recognise_digits(drawer, shown.images, readout, len(CYCLE), prune=False)
     errors = errors_of_answers(answers, len(CYCLE))  # (N, len(CYCLE), C)
@@ -181,7 +182,7 @@ class ErrorTable:
     NaN means that the class was not evaluated.
     """
 
-    def __init__(self, request: RecognitionRequest, drawer: Drawer, digits: Digits) -> None:
+    def __init__(self, request: RecognitionRequest, drawer: Drawer, digits: ImageSet) -> None:
         self._path = request.out.with_suffix(".errors.safetensors")
         self._num_pairs, self._prune, self._digits = request.num_pairs, request.prune, digits
         self._ink = ink_of(from_pixels(digits.images))

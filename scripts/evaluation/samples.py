@@ -1,4 +1,4 @@
-"""Loads the digits to evaluate, from a checkpoint or from a folder, and the real digits to compare with."""
+"""Loads the images to evaluate, from a checkpoint or from a folder, and the real images to compare with."""
 
 import io
 import json
@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from model.pixels import to_pixels
+from model.spec import DIGITS
+from scripts.common.data.data_set import DataSet, ImageSet
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES, load_mnist, split_validation
@@ -26,6 +28,7 @@ MOST_IMAGES = 49_000  # images are compared with the same number of training dig
 NUM_COMPARED = 20_000  # training digits that replace the held-out digits for the split `training`
 HELD_OUT_SPLITS = ("test", "validation")
 SPLITS = (*HELD_OUT_SPLITS, "training")
+HELD_OUT = "held-out"  # the name of the compared images of other data
 FACTS = "dataset.json"  # written by scripts.make_dataset: the checkpoint and the options of the images
 # The facts that determine the images.
 SOURCE = ("weights_sha256", "options", "seed", "device", "dtype", "compiled", "min_confidence", "judge_sha256")
@@ -33,29 +36,26 @@ NUM_IMAGES = 10_000  # default number of images to evaluate
 NAMED = re.compile(r"digit-(\d)-")  # file names in ZIP answers of the service and in folders of scripts.sample
 
 
-class Digits(NamedTuple):
-    """Images and their digits. For generated images these are the requested digits."""
-
-    images: Tensor  # uint8 (N, 1, 28, 28)
-    labels: Tensor  # int64 (N,)
-
-
 @dataclass(frozen=True, slots=True)
 class References:
-    """The real digits of an evaluation."""
+    """The real images of an evaluation."""
 
-    learned: Digits  # training digits, which give the metrics of real digits
-    held_out: Digits  # the digits to compare with
-    name: str  # split of the held-out digits
-    all_learned: Digits  # all training digits; differs from `learned` only for the split `training`
+    learned: ImageSet  # training images, which give the metrics of real images
+    held_out: ImageSet  # the images to compare with
+    name: str  # split of the held-out images
+    all_learned: ImageSet  # all training images; differs from `learned` only for the split `training`
+    class_names: tuple[str, ...] = DIGITS
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """The digits to evaluate. `get` returns them with the facts of SOURCE, and may have to generate them first."""
+    """The images to evaluate, with the requested labels.
+
+    `get` returns them with the facts of SOURCE, and may have to generate them first.
+    """
 
     num_images: int
-    get: Callable[[], tuple[Digits, dict[str, Any]]]
+    get: Callable[[], tuple[ImageSet, dict[str, Any]]]
 
 
 def samples_of_folder(folder: Path, num_images: int | None, reporter: Reporter) -> Samples:
@@ -76,9 +76,15 @@ def samples_of_folder(folder: Path, num_images: int | None, reporter: Reporter) 
 def samples_of_checkpoint(request: DrawingRequest, num_images: int | None, reporter: Reporter) -> Samples:
     """Loads the checkpoint and checks the options. None means NUM_IMAGES. Raises CheckpointError or ScriptError."""
     drawer, count = open_drawer(request), num_images or NUM_IMAGES
+    check_digits(drawer)
+    return samples_of_drawer(drawer, request, count, reporter)
+
+
+def samples_of_drawer(drawer: Drawer, request: DrawingRequest, count: int, reporter: Reporter) -> Samples:
+    """Checks the options. Raises ScriptError if the checkpoint does not permit them."""
     options = options_from(request, drawer.checkpoint)
 
-    def get() -> tuple[Digits, dict[str, Any]]:
+    def get() -> tuple[ImageSet, dict[str, Any]]:
         drawer.compile(request.compile, reporter)
         source = {**drawer.facts, "options": options.facts, "seed": request.seed}
         given = {"num_images": count, "seed": request.seed, "batch_size": request.batch_size}
@@ -89,13 +95,12 @@ def samples_of_checkpoint(request: DrawingRequest, num_images: int | None, repor
 
 def draw_samples(
     drawer: Drawer, options: DrawingOptions, reporter: Reporter, *, num_images: int, seed: int, batch_size: int
-) -> Digits:
-    """Generates `num_images` digits, equally many of each digit, with 8-bit pixels like those of the service."""
-    check_digits(drawer)
-    labels = torch.arange(num_images) % NUM_CLASSES  # (N,)
+) -> ImageSet:
+    """Generates `num_images` images, equally many of each class, with 8-bit pixels like those of the service."""
+    labels = torch.arange(num_images) % len(drawer.class_names)  # (N,)
     index = torch.arange(num_images)
     x_0 = drawer.draw(labels, index, options, reporter, seed=seed, batch_size=batch_size)
-    return Digits(to_pixels(x_0), labels)
+    return ImageSet(to_pixels(x_0), labels)
 
 
 def check_digits(drawer: Drawer) -> None:
@@ -112,7 +117,7 @@ def generated_images(drawer: Drawer) -> str:
     return f"but it generates {len(drawer.class_names)} classes of {shape} images"
 
 
-def read_samples(folder: Path) -> Digits:
+def read_samples(folder: Path) -> ImageSet:
     """Returns the digits of a folder with IDX files, Parquet files or PNGs. Raises ScriptError for other content.
 
     Parquet files must be in the folder `data` and have the names of the split `train` on the Hugging Face Hub. PNGs
@@ -123,7 +128,7 @@ def read_samples(folder: Path) -> Digits:
     elif paths := find_parquet(folder):
         images, labels = read_parquet(paths)
         pixels = np.stack([_decode(io.BytesIO(content), name) for name, content in images])
-        digits = Digits(torch.from_numpy(pixels)[:, None], torch.from_numpy(labels))
+        digits = ImageSet(torch.from_numpy(pixels)[:, None], torch.from_numpy(labels))
     else:
         digits = _read_pngs(folder)
     counts = digits.labels.bincount(minlength=NUM_CLASSES)
@@ -144,7 +149,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _read_idx(folder: Path) -> Digits:
+def _read_idx(folder: Path) -> ImageSet:
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
     try:
@@ -156,10 +161,10 @@ def _read_idx(folder: Path) -> Digits:
             f"The IDX files in {folder} are inconsistent: {len(images)} images, {len(labels)} labels. "
             "They must have one label from 0 to 9 per image"
         )
-    return Digits(images[:, None], labels)
+    return ImageSet(images[:, None], labels)
 
 
-def _read_pngs(folder: Path) -> Digits:
+def _read_pngs(folder: Path) -> ImageSet:
     paths = sorted(folder.rglob("*.png"))
     if not paths:
         raise ScriptError(f"{folder} has no PNG, IDX or Parquet files")
@@ -167,7 +172,7 @@ def _read_pngs(folder: Path) -> Digits:
     for path in paths:
         labels.append(_digit_of(path))
         images.append(_decode(path, str(path)))
-    return Digits(torch.from_numpy(np.stack(images))[:, None], torch.tensor(labels))
+    return ImageSet(torch.from_numpy(np.stack(images))[:, None], torch.tensor(labels))
 
 
 def load_references(split: str, data_dir: Path) -> References:
@@ -180,31 +185,34 @@ def load_references(split: str, data_dir: Path) -> References:
     train, validation = split_validation(*load_mnist("train", data_dir))
     learned = _shuffled(*train)
     if split == "training":
-        of_all, rest = (
-            Digits(*(part[rows] for part in learned)) for rows in (slice(NUM_COMPARED), slice(NUM_COMPARED, None))
-        )
+        of_all, rest = (learned.rows(rows) for rows in (slice(NUM_COMPARED), slice(NUM_COMPARED, None)))
         return References(rest, of_all, split, learned)
     held_out = _shuffled(*(validation if split == "validation" else load_mnist("test", data_dir)))
     return References(learned, held_out, split, learned)
 
 
-def _shuffled(images: Tensor, labels: Tensor) -> Digits:
+def references_of(data: DataSet) -> References:
+    """Returns the training images of the data, and its test images as those to compare with, shuffled."""
+    learned, held_out = (_shuffled(each.images, each.labels) for each in (data.learn, data.test))
+    return References(learned, held_out, HELD_OUT, learned, data.class_names)
+
+
+def _shuffled(images: Tensor, labels: Tensor) -> ImageSet:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return Digits(images[order], labels[order])
+    return ImageSet(images[order], labels[order])
 
 
-def balanced(digits: Digits, count: int) -> Digits:
-    """Returns the first count / 10 images of each digit, in the order 0 to 9, 0 to 9, ...
+def balanced(images: ImageSet, count: int, num_classes: int = NUM_CLASSES) -> ImageSet:
+    """Returns the first count / K images of each of K classes, in the order 0 to K - 1, 0 to K - 1, ...
 
     Raises ScriptError if there are too few.
     """
-    each = count // NUM_CLASSES
-    rows = [(digits.labels == digit).nonzero()[:each, 0] for digit in range(NUM_CLASSES)]
-    fewest = min(len(of_digit) for of_digit in rows)
+    each = count // num_classes
+    rows = [(images.labels == label).nonzero()[:each, 0] for label in range(num_classes)]
+    fewest = min(len(of_class) for of_class in rows)
     if fewest < each:
-        raise ScriptError(f"Too few images: {fewest} of one digit, but {each} images of each digit are needed")
-    order = torch.stack(rows, dim=1).flatten()  # (count,)
-    return Digits(digits.images[order], digits.labels[order])
+        raise ScriptError(f"Too few images: {fewest} of one class, but {each} images of each class are needed")
+    return images.rows(torch.stack(rows, dim=1).flatten())
 
 
 def _digit_of(path: Path) -> int:

@@ -89,13 +89,13 @@ class Sweep:
         if self.scorer:
             further = {
                 "judge": evaluator.real_judge.accuracy,
-                "judge_worst": min(evaluator.real_judge.per_digit),
+                "judge_worst": min(evaluator.real_judge.per_class),
                 "frechet": evaluator.real_frechet,
                 "similarity": self.scorer.score(evaluator.references.held_out).similarity,
             }
         return {
             "extractor": seen.accuracy,
-            "extractor_worst": min(seen.per_digit),
+            "extractor_worst": min(seen.per_class),
             "frechet_ratio": None if too_few_images(self.evaluator.num_compared) else 1.0,
             **{name: getattr(manifold, name) for name in MANIFOLD},
             **further,
@@ -150,11 +150,12 @@ class Sweep:
 
 def brief(quality: Quality) -> Figures:
     """Returns the metrics by which settings are compared."""
+    assert quality.manifold  # None only for fewer images than a sweep has
     return {
         "judge": quality.judge.accuracy,
-        "judge_worst": min(quality.judge.per_digit),
+        "judge_worst": min(quality.judge.per_class),
         "extractor": quality.extractor.accuracy,
-        "extractor_worst": min(quality.extractor.per_digit),
+        "extractor_worst": min(quality.extractor.per_class),
         "frechet": quality.frechet,
         "frechet_ratio": quality.frechet_ratio,
         "recall": quality.manifold.recall,

@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 
 from model.files import write_json
+from scripts.common.data.data_set import ImageSet
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifier_training import train_classifier
 from scripts.evaluation.classifiers import Judge, accuracy
-from scripts.evaluation.samples import Digits, load_references, read_facts, read_samples
+from scripts.evaluation.samples import load_references, read_facts, read_samples
 
 EPOCHS = 10
 KINDS = {"drawn": "generated", "real": "real"}  # JSON key -> word in the output
@@ -35,9 +36,15 @@ def evaluate_synthetic(
 
 
 def accuracy_learned_from(
-    digits: Digits, test: Digits, reporter: Reporter, *, epochs: int, seed: int, title: str = "training a classifier"
+    digits: ImageSet,
+    test: ImageSet,
+    reporter: Reporter,
+    *,
+    epochs: int,
+    seed: int,
+    title: str = "training a classifier",
 ) -> float:
     """Trains a judge on these digits, with a fixed recipe. Returns its accuracy on `test`."""
     torch.manual_seed(seed)
     network = train_classifier(Judge(), digits, reporter, augmented=True, epochs=epochs, seed=seed, title=title)
-    return accuracy(network, *test)
+    return accuracy(network, test.images, test.labels)

@@ -144,9 +144,9 @@ def as_run(name: str, evaluation: Evaluation) -> list[str]:
         *setting,
         f"{evaluation['extractor']['accuracy']:.2%}",
         f"{judge['accuracy']:.2%}",
-        f"{judge['per_digit'][worst]:.1%} ({worst})",
+        f"{shares_of(judge)[worst]:.1%} ({_name_of(evaluation, worst)})",
         fixed(evaluation["frechet_ratio"], 2),
-        *(f"{evaluation['manifold'][name]:.3f}" for name in MANIFOLD),
+        *(_share_of(evaluation["manifold"], name) for name in MANIFOLD),
     ]
 
 
@@ -160,10 +160,10 @@ def as_column(evaluation: Evaluation, *, real: bool = False) -> dict[str, str]:
         distance += f" (noise {evaluation['noise_frechet']:.0f})"
     return {
         "recognised as asked": f"{judge['accuracy']:.2%}",
-        "worst digit": f"{worst}: {judge['per_digit'][worst]:.1%}",
+        "worst digit": f"{_name_of(evaluation, worst)}: {shares_of(judge)[worst]:.1%}",
         "Fréchet distance": distance,
         FRECHET_RATIO: "1" if real else fixed(evaluation["frechet_ratio"], 2),
-        **{name: f"{evaluation[f'{of}manifold'][name]:.3f}" for name in MANIFOLD},
+        **{name: _share_of(evaluation[f"{of}manifold"], name) for name in MANIFOLD},
         "memorised": f"{evaluation['held_out_memorised' if real else 'memorised']:.2%}",
     }
 
@@ -179,5 +179,21 @@ def across(evaluations: dict[str, Evaluation]) -> str:
     return as_table(("", *evaluations, "real digits"), rows)
 
 
-def _worst(recognition: dict[str, Any]) -> int:
-    return min(range(10), key=recognition["per_digit"].__getitem__)
+def shares_of(recognition: Figures) -> list[float]:
+    """Returns the share of recognised images of each class. Published evaluations of digits have another name for it."""
+    shares: list[float] = recognition["per_class" if "per_class" in recognition else "per_digit"]
+    return shares
+
+
+def _worst(recognition: Figures) -> int:
+    shares = shares_of(recognition)
+    return shares.index(min(shares))
+
+
+def _name_of(evaluation: Evaluation, label: int) -> str:
+    """Returns the name of a class. Evaluations of earlier releases are of digits and have no names."""
+    return str(evaluation.get("class_names", range(10))[label])
+
+
+def _share_of(manifold: Figures | None, name: str) -> str:
+    return fixed(None if manifold is None else manifold[name], 3)

@@ -19,7 +19,15 @@ from scripts.evaluation.clip_attributes import ATTRIBUTES, Comparison, as_markdo
 from scripts.evaluation.clip_guidance import SCALE
 from scripts.evaluation.clip_prompts import Group
 from scripts.evaluation.clip_prompts import as_markdown as prompts_as_markdown
-from scripts.evaluation.tables import FRECHET_RATIO, as_clip_row, as_column, as_run, as_sweep_row, read_evaluation
+from scripts.evaluation.tables import (
+    FRECHET_RATIO,
+    as_clip_row,
+    as_column,
+    as_run,
+    as_sweep_row,
+    read_evaluation,
+    shares_of,
+)
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -99,7 +107,7 @@ def test_final_table_matches_its_evaluation_files(document: str, names: tuple[st
     ("label", "name"), [("`ddpm`, 100 steps", "ddpm"), ("`dpmpp`, 10 steps", "dpmpp"), ("`fast`, 4 steps", "fast")]
 )
 def test_model_card_has_the_recognition_of_each_digit(label: str, name: str) -> None:
-    shares = read_evaluation(RESULTS / "final" / name)["judge"]["per_digit"]
+    shares = shares_of(read_evaluation(RESULTS / "final" / name)["judge"])
     row = as_written([label, *(f"{share:.1%}" for share in shares)])
     assert row in (DOCS / "model-card.md").read_text("utf-8").splitlines()
 

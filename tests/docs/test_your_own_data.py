@@ -18,6 +18,7 @@ COMMANDS = commands(ROOT / "docs/your-own-data.md")
 FEW = {
     "python examples/draw_pictures.py": ["--count=3"],
     "python -m scripts.train": ["--epochs=1", "--compile=off", "--num-threads=1", "--device=cpu"],
+    "python -m scripts.evaluate": ["--num-images=24", "--num-steps=2", "--compile=off", "--num-threads=1"],
     "python -m scripts.sample": ["--compile=off", "--num-threads=1", "--num-steps=2"],
 }
 
@@ -27,12 +28,12 @@ def command(start: str) -> str:
     return found
 
 
-def run(start: str, folder: Path) -> str:
+def run(start: str, folder: Path, **variables: str) -> str:
     """Runs the command of the document that starts so, with fewer pictures, epochs or steps. Returns its output."""
     program, *arguments = shlex.split(command(start))
     assert program == "python"
     arguments = [str(ROOT / each) if each.startswith("examples/") else each for each in arguments]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     done = subprocess.run(
         [sys.executable, *arguments, *FEW[start]], cwd=folder, env=variables, capture_output=True, text=True
     )
@@ -68,7 +69,19 @@ def test_pictures_are_generated_without_the_service(folder: Path) -> None:
         assert (image.mode, image.size) == ("RGB", (4 * 4 * 32, 4 * 4 * 32))
 
 
+def test_pictures_are_evaluated_with_classifiers_that_learn_from_them(folder: Path) -> None:
+    said = run("python -m scripts.evaluate", folder, UNFOG_CACHE_DIR=str(folder / "cache"))
+    assert "| recognised as asked | " in said
+    assert "With 2 images of each class, one image is 50.0% of a class." in said
+    assert (folder / "runs/pictures/evaluation/evaluation.json").exists()
+
+
 def test_every_command_of_the_document_is_run_here_or_installs() -> None:
     own = [*FEW, "scripts/serve --model", "curl "]
     others = [each for each in COMMANDS if not each.startswith(tuple(own))]
-    assert others == ["scripts/serve --help", ". .venv/bin/activate", "pip install -c constraints.txt -e '.[train]'"]
+    assert others == [
+        "scripts/serve --help",
+        ". .venv/bin/activate",
+        "pip install -c constraints.txt -e '.[train]'",
+        "pip install -c constraints.txt -e '.[evaluate]'",
+    ]

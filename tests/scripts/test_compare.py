@@ -11,9 +11,9 @@ from PIL import Image
 from model.checkpoint import load, save
 from model.sampler import Guidance
 from scripts import compare, evaluate
+from scripts.common.data.data_set import ImageSet
 from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.evaluation import sweep, tables
-from scripts.evaluation.samples import Digits
 from scripts.evaluation.sweep import show_steps
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.scripts.tiny_training import trust_idx_files, write_idx_files
@@ -81,7 +81,7 @@ def test_sweep_has_the_results_of_scripts_evaluate(inputs: Path, swept: Path, tm
     row = json.loads((swept / "steps.json").read_text())["figures"][1]
     assert row["frechet_ratio"] == alone["frechet_ratio"]
     assert row["judge"] == alone["judge"]["accuracy"]
-    assert row["extractor_worst"] == min(alone["extractor"]["per_digit"])
+    assert row["extractor_worst"] == min(alone["extractor"]["per_class"])
 
 
 def test_stopped_sweep_continues_with_the_missing_settings(
@@ -91,7 +91,7 @@ def test_stopped_sweep_continues_with_the_missing_settings(
     drawn: list[int] = []
     draw = sweep.draw_samples
 
-    def watch(drawer: Drawer, options: DrawingOptions, *args: Any, **named: Any) -> Digits:
+    def watch(drawer: Drawer, options: DrawingOptions, *args: Any, **named: Any) -> ImageSet:
         drawn.append(options.num_steps)
         return draw(drawer, options, *args, **named)
 
@@ -189,7 +189,7 @@ def test_runs_writes_a_table_of_evaluations(inputs: Path, tmp_path: Path, capsys
     content["num_images"] = 50
     (two / "evaluation.json").write_text(json.dumps(content))
     assert "differ in num_images" in error_of(["runs", str(one), str(two)], capsys)
-    content["judge"]["per_digit"] = []
+    content["judge"]["per_class"] = []
     (two / "evaluation.json").write_text(json.dumps(content))
     assert "is not an evaluation" in error_of(["runs", str(two)], capsys)
     content = json.loads((one / "evaluation.json").read_text())

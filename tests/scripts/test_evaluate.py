@@ -310,7 +310,7 @@ def test_train_classifiers_saves_a_classifier(
     out = tmp_path / "extractor.safetensors"
     train_classifiers.main(["extractor", f"--data-dir={inputs / 'data'}", f"--out={out}", "--epochs", "2"])
     trained = load_classifier("extractor", out)
-    assert f"Recognised {trained.facts['validation_accuracy']:.2%} of the validation digits" in capsys.readouterr().out
+    assert f"Recognised {trained.facts['validation_accuracy']:.2%} of the validation images" in capsys.readouterr().out
     assert (trained.facts["num_test"], trained.facts["epochs"]) == (NUM_IMAGES, 2)
 
 
@@ -379,7 +379,7 @@ def test_too_few_images_for_a_distance_are_noted_in_output_and_files(
     note = "Too few images for a Fréchet distance: 110, at least 1,000 needed."
     assert note in capsys.readouterr().out.splitlines()
     assert note in (tmp_path / "evaluation.md").read_text().splitlines()
-    assert (written["notes"], written["frechet"], written["frechet_ratio"]) == ([note], None, None)
+    assert (written["notes"][0], written["frechet"], written["frechet_ratio"]) == (note, None, None)
     assert tables.as_run("small", tables.read_evaluation(tmp_path))[7] == "-"
 
 

@@ -17,7 +17,7 @@ def evaluation_of(
     path: Path, *, sampler: str = "ddpm", guidance: Guidance = Guidance(), **facts: Any
 ) -> dict[str, Any]:
     """Returns an evaluation of the weights in this file, in the format of scripts.evaluate."""
-    seen = {"accuracy": 0.5, "per_digit": [0.5] * 10}
+    seen = {"accuracy": 0.5, "per_class": [0.5] * 10}
     manifold = {"precision": 0.5, "recall": 0.5, "coverage": 0.5}
     return {
         "weights_sha256": load(path).weights_sha256,

@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 from scripts import train_clip as script
+from scripts.common.data.data_set import ImageSet
 from scripts.common.progress import Reporter
 from scripts.evaluation.captions import CAPTIONS
 from scripts.evaluation.clip import ClipScorer
 from scripts.evaluation.clip_training import MODEL, save_clip, train_clip
-from scripts.evaluation.samples import Digits
 from tests.scripts.evaluation.bars import bars
 
 open_clip = pytest.importorskip("open_clip")
@@ -31,7 +31,7 @@ def test_trained_clip_matches_captions_and_is_loaded_by_open_clip(tmp_path: Path
     digits = bars(200, 2)
     static = torch.randint(0, 256, digits.images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     scorer = ClipScorer(str(tmp_path))
-    assert scorer.score(digits).clear > 0.9 > 0.1 > scorer.score(Digits(static, digits.labels)).clear
+    assert scorer.score(digits).clear > 0.9 > 0.1 > scorer.score(ImageSet(static, digits.labels)).clear
     words = load_file(tmp_path / "open_clip_model.safetensors")["token_embedding.weight"]
     known = words.any(dim=1).nonzero()[:, 0]
     assert torch.equal(known, TOKENS.unique())

@@ -38,6 +38,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def rows(self, chosen: Tensor | slice) -> "ImageSet":
+        """Returns the chosen images, in the order of the row numbers."""
+        return ImageSet(self.images[chosen], self.labels[chosen])
+
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
@@ -90,10 +94,11 @@ def load_data(path: Path, reporter: Reporter, image_size: int | None = None) -> 
         rows["train"], rows["val"] = hold_out(labels, len(source.class_names), str(path))
     validate = rows["val"] if len(rows["val"]) else rows["test"]
     test = rows["test"] if len(rows["test"]) else rows["val"]
-    learn, held_out = (ImageSet(images[chosen], labels[chosen]) for chosen in (rows["train"], validate))
+    everything = ImageSet(images, labels)
+    learn, held_out = everything.rows(rows["train"]), everything.rows(validate)
     if missing := sorted(set(range(len(source.class_names))) - set(learn.labels.tolist())):
         raise ScriptError(f"{path}: the class {source.class_names[missing[0]]!a} has no images for training")
-    tests = held_out if test is validate else ImageSet(images[test], labels[test])
+    tests = held_out if test is validate else everything.rows(test)
     return DataSet(path.resolve().name, source.class_names, learn, held_out, tests, source.ignored)
 
 

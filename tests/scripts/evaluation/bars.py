@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from scripts.common.data.data_set import ImageSet
 from scripts.evaluation.classifiers import Extractor, Judge, Trained
-from scripts.evaluation.samples import Digits
 
 
-def bars(count: int, seed: int) -> Digits:
+def bars(count: int, seed: int) -> ImageSet:
     """Returns images of a bar in noise. The position of the bar is the class. The classes go from 0 to 9 in turn."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 10
@@ -15,7 +15,7 @@ def bars(count: int, seed: int) -> Digits:
     for image, label in zip(images, labels.tolist(), strict=True):
         row, column = divmod(label, 5)
         image[0, 4 + 12 * row : 12 + 12 * row, 4 + 4 * column : 7 + 4 * column] = 255
-    return Digits(images, labels)
+    return ImageSet(images, labels)
 
 
 def untrained(kind: type[Judge] | type[Extractor]) -> Trained:

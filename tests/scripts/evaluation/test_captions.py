@@ -100,10 +100,10 @@ def test_lean_equals_the_slope_of_a_line(slope: float) -> None:
 
 
 def test_pictures_have_the_states_of_their_scene() -> None:
-    images, labels = bars(2_000, 0)
+    digits = bars(2_000, 0)
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(0))
-    made = make_scene(images, labels, diffusion)
-    assert torch.equal(made.digit, labels)
+    made = make_scene(digits.images, digits.labels, diffusion)
+    assert torch.equal(made.digit, digits.labels)
     assert torch.equal(made.pictures * 255, (made.pictures * 255).round())
     fogged, blurred = made.t > 0, made.blurred
     assert 0.35 < fogged.double().mean() < 0.45

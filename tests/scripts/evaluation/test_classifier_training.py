@@ -6,9 +6,11 @@ import torch
 from model.diffusion import Diffusion
 from model.pixels import to_pixels
 from model.schedule import Schedule, ScheduleConfig
+from model.spec import DIGITS
+from scripts.common.data.data_set import DataSet, ImageSet
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifier_training import augment, facts_of, train_classifier
-from scripts.evaluation.classifiers import KINDS, Classifier, accuracy
+from scripts.evaluation.classifiers import DIGITS_SHAPE, KINDS, Classifier, accuracy
 from tests.scripts.evaluation.bars import bars
 
 EVERY_KIND = pytest.mark.parametrize("kind", sorted(KINDS))
@@ -20,13 +22,17 @@ def trained(kind: str) -> Classifier:
     return train(kind, augmented=False, fogged=kind == "fog_judge")
 
 
+def share_recognised(network: Classifier, images: ImageSet) -> float:
+    return accuracy(network, images.images, images.labels)
+
+
 def train(
     kind: str, *, augmented: bool, fogged: bool = False, seed: int = 0, epochs: int = 4, num_images: int = 640
 ) -> Classifier:
     torch.manual_seed(seed)
     with Reporter() as reporter:
         return train_classifier(
-            KINDS[kind](),
+            KINDS[kind](DIGITS_SHAPE),
             bars(num_images, 1),
             reporter,
             augmented=augmented,
@@ -40,9 +46,10 @@ def train(
 @EVERY_KIND
 def test_classifier_learns_and_stores_its_accuracy_on_unseen_digits(kind: str) -> None:
     network = trained(kind)
-    facts = facts_of(network, bars(100, 2), bars(200, 3), epochs=4)
-    assert facts["test_accuracy"] == accuracy(network, *bars(200, 3)) > 0.9
-    assert facts["validation_accuracy"] == accuracy(network, *bars(100, 2)) > 0.9
+    data = DataSet("bars", DIGITS, bars(640, 1), validate=bars(100, 2), test=bars(200, 3))
+    facts = facts_of(network, data, epochs=4)
+    assert facts["test_accuracy"] == share_recognised(network, data.test) > 0.9
+    assert facts["validation_accuracy"] == share_recognised(network, data.validate) > 0.9
     assert (facts["num_test"], facts["epochs"]) == (200, 4)
 
 
@@ -57,8 +64,8 @@ def test_training_is_reproducible_with_a_seed(augmented: bool) -> None:
 def test_training_set_smaller_than_a_batch_is_one_batch() -> None:
     torch.manual_seed(0)
     with Reporter() as reporter:
-        network = train_classifier(KINDS["extractor"](), bars(100, 1), reporter, augmented=False, epochs=8)
-    assert accuracy(network, *bars(200, 3)) > 0.5
+        network = train_classifier(KINDS["extractor"](DIGITS_SHAPE), bars(100, 1), reporter, augmented=False, epochs=8)
+    assert share_recognised(network, bars(200, 3)) > 0.5
 
 
 def test_classifier_trained_on_noisy_digits_recognises_noisy_digits() -> None:

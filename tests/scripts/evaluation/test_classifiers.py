@@ -9,6 +9,7 @@ from torch import Tensor
 from scripts.common import mnist
 from scripts.common.errors import ScriptError
 from scripts.evaluation.classifiers import (
+    DIGITS_SHAPE,
     KINDS,
     accuracy,
     features_of,
@@ -26,7 +27,7 @@ FACTS = {"test_accuracy": 0.25, "epochs": 3}
 @torch.inference_mode()
 @EVERY_KIND
 def test_features_and_head_give_the_logits_of_the_network(kind: str) -> None:
-    network, images = KINDS[kind]().eval(), bars(20, 0).images
+    network, images = KINDS[kind](DIGITS_SHAPE).eval(), bars(20, 0).images
     features = features_of(network, images)
     assert features.shape == (20, network.num_features)
     logits = network(images / 255)
@@ -38,7 +39,7 @@ def test_features_and_head_give_the_logits_of_the_network(kind: str) -> None:
 
 @EVERY_KIND
 def test_saved_classifier_is_loaded_unchanged(tmp_path: Path, kind: str) -> None:
-    network, path = KINDS[kind]().eval(), tmp_path / "saved.safetensors"
+    network, path = KINDS[kind](DIGITS_SHAPE).eval(), tmp_path / "saved.safetensors"
     save_classifier(path, kind, network, FACTS)
     loaded, images = load_classifier(kind, path), bars(20, 0).images
     assert torch.equal(loaded.network(images / 255), network(images / 255))
@@ -50,14 +51,14 @@ def test_saved_classifier_is_loaded_unchanged(tmp_path: Path, kind: str) -> None
 def test_wrong_classifier_file_gives_an_error_of_one_line(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "judge.safetensors"
     if damage == "truncated":
-        save_classifier(path, "judge", KINDS["judge"](), FACTS)
+        save_classifier(path, "judge", KINDS["judge"](DIGITS_SHAPE), FACTS)
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == "foreign":
         save_file({"weight": torch.ones(2)}, path)
     elif damage == "text":
         path.write_text("seven")
     elif damage == "other kind":
-        save_classifier(path, "extractor", KINDS["extractor"](), FACTS)
+        save_classifier(path, "extractor", KINDS["extractor"](DIGITS_SHAPE), FACTS)
     with pytest.raises(ScriptError, match=r"cannot be read|is not a judge") as error:
         load_classifier("judge", path)
     assert len(str(error.value).splitlines()) == 1
@@ -65,8 +66,8 @@ def test_wrong_classifier_file_gives_an_error_of_one_line(tmp_path: Path, damage
 
 @pytest.mark.parametrize("images", [torch.zeros(2, 1, 28, 28), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)], ids=str)
 def test_classifiers_reject_images_other_than_8_bit_digits(images: Tensor) -> None:
-    with pytest.raises(ScriptError, match="Classifiers need uint8 images of 1x28x28"):
-        recognise(KINDS["judge"]().eval(), images)
+    with pytest.raises(ScriptError, match="needs uint8 images of 1x28x28"):
+        recognise(KINDS["judge"](DIGITS_SHAPE).eval(), images)
 
 
 @pytest.mark.parametrize(

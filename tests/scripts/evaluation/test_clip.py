@@ -7,12 +7,12 @@ from PIL import Image
 
 from model.clip import EMBEDDED
 from model.prompts import digit_prompt
+from scripts.common.data.data_set import ImageSet
 from scripts.common.errors import ScriptError
 from scripts.common.mnist import load_mnist
 from scripts.evaluation.captions import CLEAR, NOISY
 from scripts.evaluation.clip import ClipScorer, ClipScores, as_json, as_markdown, noised
 from scripts.evaluation.clip_training import EPOCHS, MODEL
-from scripts.evaluation.samples import Digits
 from tests.scripts.evaluation.bars import bars
 
 open_clip = pytest.importorskip("open_clip")
@@ -137,7 +137,7 @@ def test_weights_in_a_file_are_loaded_for_the_named_architecture(tmp_path: Path)
 @pytest.mark.slow
 def test_shipped_clip_recognises_real_digits_and_noise(scorer: ClipScorer, mnist_dir: Path) -> None:
     images, labels = load_mnist("test", mnist_dir)
-    digits = Digits(images, labels)
+    digits = ImageSet(images, labels)
     scores = scorer.score(digits)
     recognised, told = scores.recognised, scorer.tells_noise(digits, scores)
     assert min(recognised, told) >= 0.99

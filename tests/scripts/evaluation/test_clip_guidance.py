@@ -10,11 +10,12 @@ from model.clip import EMBEDDED
 from model.clip_guidance import START, STOP
 from model.prompts import digit_prompt
 from scripts import evaluate
+from scripts.common.data.data_set import ImageSet
 from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.evaluation import sweep, tables
 from scripts.evaluation.clip import ClipScorer
 from scripts.evaluation.clip_guidance import show_clip_guidance
-from scripts.evaluation.samples import Digits, load_references
+from scripts.evaluation.samples import load_references
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.scripts.tiny_training import trust_idx_files, write_idx_files
 
@@ -118,7 +119,7 @@ def test_stopped_sweep_continues_with_the_missing_settings(
     drawn: list[Any] = []
     draw = sweep.draw_samples
 
-    def watch(drawer: Drawer, options: DrawingOptions, *args: Any, **named: Any) -> Digits:
+    def watch(drawer: Drawer, options: DrawingOptions, *args: Any, **named: Any) -> ImageSet:
         drawn.append(options.clip and options.clip.guidance)
         return draw(drawer, options, *args, **named)
 

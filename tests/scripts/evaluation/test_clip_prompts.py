@@ -4,9 +4,9 @@ import torch
 
 from app.tasks.score import read_real_digits
 from model.prompts import LEAST_SHARE, digit_prompt
+from scripts.common.data.data_set import ImageSet
 from scripts.evaluation.clip import ClipScorer
 from scripts.evaluation.clip_prompts import as_markdown, measure, read_compared_digits
-from scripts.evaluation.samples import Digits
 
 pytest.importorskip("open_clip")
 
@@ -18,8 +18,8 @@ def test_compared_digits_are_those_of_the_service() -> None:
 
 def test_groups_have_the_similarities_and_warnings_of_their_pairs() -> None:
     scorer, own = ClipScorer(), read_compared_digits()
-    real = Digits(torch.cat(own), torch.arange(10).repeat_interleave(10))
-    drawn = Digits(torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.arange(10))
+    real = ImageSet(torch.cat(own), torch.arange(10).repeat_interleave(10))
+    drawn = ImageSet(torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.arange(10))
     typical, groups = measure(scorer, real, drawn)
     similarities = scorer.similarities(real.images, [digit_prompt(digit) for digit in range(10)])
     of_own = similarities[torch.arange(100), real.labels]

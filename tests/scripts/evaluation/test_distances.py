@@ -118,7 +118,7 @@ def test_manifold_metrics_are_means_over_the_digits() -> None:
     features, labels = gaussian(400, 7), torch.arange(400) % 10
     moved = compare_manifolds(features + 100.0 * (labels == 3)[:, None], labels, features, labels)
     for name in ("precision", "recall", "coverage"):
-        each = moved.per_digit[name]
+        each = moved.per_class[name]
         assert [share > 0 for share in each] == [digit != 3 for digit in range(10)]
         assert getattr(moved, name) == pytest.approx(sum(each) / 10)
 

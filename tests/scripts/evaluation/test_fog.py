@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from model.schedule import Schedule, ScheduleConfig
+from scripts.common.data.data_set import ImageSet
 from scripts.common.progress import Reporter
 from scripts.evaluation.fog import informedness, lost_at, recognised_in_fog, show_fog, standard_error
-from scripts.evaluation.samples import Digits
 from tests.scripts.evaluation.bars import FixedClassifier, bars
 
 SCHEDULE = Schedule(ScheduleConfig())
@@ -36,7 +36,7 @@ def test_recognition_falls_with_the_remaining_signal() -> None:
     network = Threshold(torch.empty(0))
     network.bar = sevens[0, 0] > 100
     # The function needs images of every digit. The answers for the other digits do not matter.
-    shown = Digits(
+    shown = ImageSet(
         torch.cat([sevens, digits.images[:10]]), torch.cat([torch.full((len(sevens),), 7), torch.arange(10)])
     )
     steps = [0, 20, 40, 60, 80, 100]

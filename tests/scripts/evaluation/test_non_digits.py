@@ -1,7 +1,6 @@
 import torch
 
 from scripts.evaluation.non_digits import HALVED, non_digits
-from scripts.evaluation.samples import Digits
 from tests.scripts.evaluation.bars import bars
 
 
@@ -37,5 +36,5 @@ def test_half_of_the_rows_of_an_erased_digit_are_black() -> None:
     assert not upper[:, :, :14].any()
     assert not lower[:, :, 14:].any()
     whole = torch.maximum(upper, lower)
-    of_halved = Digits(*(part[torch.isin(digits.labels, torch.tensor(HALVED))] for part in digits))
+    of_halved = digits.rows(torch.isin(digits.labels, torch.tensor(HALVED)))
     assert all((of_halved.images == picture).all(dim=(1, 2, 3)).any() for picture in whole)

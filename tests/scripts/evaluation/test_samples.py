@@ -11,6 +11,7 @@ from PIL import Image
 from model import checkpoint
 from model.png import encode_png
 from model.sampler import Guidance
+from scripts.common.data.data_set import ImageSet
 from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
@@ -18,7 +19,6 @@ from scripts.evaluation.dataset_files import IDX, Rows, write_idx
 from scripts.evaluation.parquet import FILE, write_parquet
 from scripts.evaluation.samples import (
     SPLITS,
-    Digits,
     balanced,
     draw_samples,
     load_references,
@@ -34,11 +34,11 @@ def write(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def rows_of(digits: Digits) -> Rows:
+def rows_of(digits: ImageSet) -> Rows:
     return Rows(digits.images[:, 0].numpy(), digits.labels.numpy(), np.arange(len(digits.labels)))
 
 
-def unique_images(digits: Digits) -> set[bytes]:
+def unique_images(digits: ImageSet) -> set[bytes]:
     return {image.numpy().tobytes() for image in digits.images}
 
 
@@ -54,15 +54,15 @@ def test_generated_digits_are_balanced_and_have_8_bits(tmp_path: Path) -> None:
 
 
 def test_folder_is_read_by_file_names_or_folder_names(tmp_path: Path) -> None:
-    images, labels = bars(100, 0)
-    for i, (image, label) in enumerate(zip(images[:, 0].numpy(), labels.tolist(), strict=True)):
+    digits = bars(100, 0)
+    for i, (image, label) in enumerate(zip(digits.images[:, 0].numpy(), digits.labels.tolist(), strict=True)):
         write(tmp_path / "by file" / f"digit-{label}-seed-5-{i // 10}.png", image)
         write(tmp_path / "by folder" / str(label) / f"{i // 10}.png", image)
-    order = labels.argsort(stable=True)
+    expected = digits.rows(digits.labels.argsort(stable=True))
     for folder in ("by file", "by folder"):
-        digits = read_samples(tmp_path / folder)
-        assert torch.equal(digits.labels, labels[order])
-        assert torch.equal(digits.images, images[order])
+        read = read_samples(tmp_path / folder)
+        assert torch.equal(read.labels, expected.labels)
+        assert torch.equal(read.images, expected.images)
 
 
 def test_idx_files_are_read_as_written(tmp_path: Path) -> None:
@@ -159,11 +159,11 @@ def test_compared_digits_of_each_split_are_not_training_digits_too(
 def test_balanced_takes_equally_many_of_each_digit_or_fails() -> None:
     images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 1, 28, 28)
     labels = torch.cat([torch.zeros(30), torch.arange(30) % 10]).long()
-    chosen = balanced(Digits(images, labels), 30)
+    chosen = balanced(ImageSet(images, labels), 30)
     assert chosen.labels.tolist() == [*range(10)] * 3
     assert chosen.images[:, 0, 0, 0].tolist() == [0, *range(31, 40), 1, *range(41, 50), 2, *range(51, 60)]
-    with pytest.raises(ScriptError, match="3 of one digit, but 4 images of each digit are needed"):
-        balanced(Digits(images, labels), 40)
+    with pytest.raises(ScriptError, match="3 of one class, but 4 images of each class are needed"):
+        balanced(ImageSet(images, labels), 40)
 
 
 def test_parquet_file_is_read_as_written(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_unequal_numbers_are_read_and_a_missing_digit_gives_an_error(tmp_path: P
     digits = bars(200, 2)
     for digit, kept in ((4, 10), (7, 0)):
         rows = torch.cat([(digits.labels != digit).nonzero()[:, 0], (digits.labels == digit).nonzero()[:kept, 0]])
-        write_parquet(tmp_path, rows_of(Digits(digits.images[rows], digits.labels[rows])), seed=5)
+        write_parquet(tmp_path, rows_of(digits.rows(rows)), seed=5)
         if kept:
             assert read_samples(tmp_path).labels.bincount().tolist() == [20, 20, 20, 20, 10, 20, 20, 20, 20, 20]
         else:

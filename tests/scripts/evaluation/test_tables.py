@@ -7,8 +7,8 @@ import pytest
 from scripts.common.errors import ScriptError
 from scripts.evaluation.tables import across, as_run, check_comparable, read_evaluation
 
-SEEN = {"accuracy": 0.99625, "per_digit": [1.0] * 7 + [0.994, 1.0, 1.0]}
-REAL_SEEN = {"accuracy": 0.997, "per_digit": [1.0] * 6 + [0.9937, 1.0, 1.0, 1.0]}
+SEEN = {"accuracy": 0.99625, "per_class": [1.0] * 7 + [0.994, 1.0, 1.0]}
+REAL_SEEN = {"accuracy": 0.997, "per_class": [1.0] * 6 + [0.9937, 1.0, 1.0, 1.0]}
 EVALUATION: dict[str, Any] = {
     "options": {"sampler": "ddpm", "num_steps": 100, "guidance": {"scale": 3.0, "start": 20, "stop": 65}},
     "num_images": 10_000,
@@ -16,7 +16,7 @@ EVALUATION: dict[str, Any] = {
     "networks": {"judge": {"sha256": "0" * 64}},
     "judge": SEEN,
     "real_judge": REAL_SEEN,
-    "extractor": {"accuracy": 0.9951, "per_digit": [0.9951] * 10},
+    "extractor": {"accuracy": 0.9951, "per_class": [0.9951] * 10},
     "frechet": 0.07833,
     "real_frechet": 0.0467,
     "noise_frechet": 98.2,

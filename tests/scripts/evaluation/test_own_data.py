@@ -1,0 +1,194 @@
+"""Evaluates networks that return known images, so that every figure is known. The classifiers learn in seconds."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import checkpoint
+from model.checkpoint import CheckpointConfig, Probe
+from model.pixels import from_pixels
+from model.schedule import ScheduleConfig
+from scripts import evaluate, train_classifiers
+from scripts.common.data.data_set import DataSet, load_data
+from scripts.common.drawing import Drawer
+from scripts.common.progress import Reporter
+from scripts.evaluation import classifier_training, own_data, tables
+from tests.scripts.common.data.samples import encoded
+from tests.tiny import tiny_unet
+
+NAMES, SIZE, EACH = ("blue", "green", "red"), 12, 40
+OTHER_NAMES = ("blue", "green", "violet")
+
+
+def write_colours(folder: Path, *, each: int = EACH, names: tuple[str, ...] = NAMES) -> Path:
+    """Writes pictures of one noisy colour for each class, in the splits `train` and `test`."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", each), ("test", each // 2)):
+        for label, name in enumerate(names):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(0, 80, (SIZE, SIZE, 3), generator=generator, dtype=torch.uint8)
+                pixels[..., 2 - label] += 150
+                (folder / split / name / f"{number:02d}.png").write_bytes(encoded(pixels.numpy()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the data `colours`, the checkpoint `tiny.safetensors` for it, and a cache for the classifiers."""
+    folder = tmp_path_factory.mktemp("own")
+    write_colours(folder / "colours")
+    network = tiny_unet(image_channels=3, image_size=SIZE, num_classes=3, num_steps=10, widths=(8, 8))
+    config = CheckpointConfig(
+        unet=network.config,
+        class_names=NAMES,
+        schedule=ScheduleConfig(num_steps=10),
+        training={"label_drop": 0.1},
+        probe=Probe(digit=0, num_steps=2),
+    )
+    checkpoint.save(folder / "tiny.safetensors", network, config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNFOG_CACHE_DIR", str(folder / "cache"))
+        patch.setattr(tables, "FEWEST_IMAGES", 50)
+        patch.setattr(classifier_training, "MOST_EPOCHS", 12)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> DataSet:
+    with Reporter() as reporter:
+        return load_data(folder / "colours", reporter)
+
+
+def run(folder: Path, out: Path, *more: str) -> dict[str, Any]:
+    fixed = ["--compile=off", "--num-steps=2", f"--checkpoint={folder / 'tiny.safetensors'}", f"--out={out}"]
+    evaluate.main(["pictures", f"--data={folder / 'colours'}", *fixed, *more])
+    return tables.read_evaluation(out)
+
+
+def refusal_of(capsys: pytest.CaptureFixture[str], main: Any, arguments: list[str]) -> str:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def draws(monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
+    """Makes every checkpoint generate these images, uint8 (N, C, H, W)."""
+    monkeypatch.setattr(Drawer, "draw", lambda self, y, *args, **options: from_pixels(images[: len(y)]))
+
+
+def of_each_class(data: DataSet, split: str, labels: list[int]) -> Tensor:
+    """Returns 20 images of each label of a split, in the order of the labels, again and again."""
+    part = getattr(data, split)
+    return torch.stack([part.images[part.labels == label][:20] for label in labels], dim=1).flatten(0, 1)
+
+
+def test_held_out_pictures_are_recognised_and_as_near_as_real_ones(
+    folder: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws(monkeypatch, of_each_class(data, "test", [0, 1, 2]))
+    found = run(folder, tmp_path, "--num-images=60")
+    assert found["judge"]["accuracy"] == found["extractor"]["accuracy"] == 1
+    assert found["frechet"] == pytest.approx(0, abs=1e-3)
+    assert found["judge_frechet"] == pytest.approx(0, abs=1e-3)
+    assert (found["memorised"], found["manifold"]["precision"]) == (0, 1)
+    assert found["class_names"] == list(NAMES)
+    assert {path.name for path in tmp_path.iterdir()} >= {"evaluation.md", "confusion.png", "nearest.png"}
+
+
+def test_pictures_of_another_class_are_not_recognised(
+    folder: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draws(monkeypatch, of_each_class(data, "test", [0, 1, 1]))
+    found = run(folder, tmp_path, "--num-images=60")
+    assert found["judge"]["per_class"] == [1, 1, 0]
+    assert found["judge"]["confusion"][2] == [0, 20, 0]
+    assert found["frechet_ratio"] > 10
+    assert "| worst class | red: 0.00% | " in capsys.readouterr().out
+    assert tables.as_run("run", found)[6] == "0.0% (red)"
+
+
+def test_copies_of_training_pictures_are_reported(
+    folder: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws(monkeypatch, of_each_class(data, "learn", [0, 1, 2]))
+    found = run(folder, tmp_path, "--num-images=60")
+    assert found["memorised"] == 1
+    assert any(note.startswith("100.0% of the images are nearly copies") for note in found["notes"])
+
+
+def test_classifiers_are_trained_once_and_again_for_other_data(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: DataSet
+) -> None:
+    monkeypatch.setenv("UNFOG_CACHE_DIR", str(tmp_path / "cache"))
+    draws(monkeypatch, of_each_class(data, "test", [0, 1, 2]))
+    trained: list[str] = []
+    train = classifier_training.train_and_save
+    monkeypatch.setattr(own_data, "train_and_save", lambda kind, *args: (trained.append(kind), train(kind, *args)))
+    for flip in ((), (), ("--flip",)):
+        run(folder, tmp_path / "out", "--num-images=60", *flip)
+    assert trained == ["judge", "extractor", "judge", "extractor"]
+    assert len(list((tmp_path / "cache/classifiers").iterdir())) == 4
+
+
+def test_few_images_have_notes_instead_of_figures(
+    folder: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws(monkeypatch, of_each_class(data, "test", [0, 1, 2]))
+    found = run(folder, tmp_path, "--num-images=12")
+    assert found["num_images"] == 12
+    assert (found["frechet"], found["manifold"]) == (None, None)
+    assert [note.partition(":")[0] for note in found["notes"]] == [
+        "Too few images for a Fréchet distance",
+        "Too few images for precision, recall and coverage",
+        "With 4 images of each class, one image is 25.0% of a class.",
+    ]
+    assert tables.as_run("small", found)[-3:] == ["-", "-", "-"]
+
+
+def test_more_images_than_training_images_are_reduced(
+    folder: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draws(monkeypatch, of_each_class(data, "test", [0, 1, 2]).repeat(2, 1, 1, 1))
+    assert run(folder, tmp_path, "--num-images=5000")["num_images"] == 3 * EACH
+    assert "120 images, because the smallest class has 40 training images" in capsys.readouterr().out
+
+
+def test_own_judge_is_used_and_one_for_other_classes_is_refused(
+    folder: Path,
+    data: DataSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = write_colours(tmp_path / "others", names=OTHER_NAMES)
+    for name, path in (("own", folder / "colours"), ("other", other)):
+        out = f"--out={tmp_path / name}.safetensors"
+        train_classifiers.main(["judge", f"--data={path}", out, "--epochs=20", "--width=8"])
+    draws(monkeypatch, of_each_class(data, "test", [0, 1, 2]))
+    found = run(folder, tmp_path / "out", "--num-images=60", f"--judge={tmp_path / 'own.safetensors'}")
+    assert found["judge"]["accuracy"] == 1
+    capsys.readouterr()
+    wrong = ["pictures", f"--data={folder / 'colours'}", f"--checkpoint={folder / 'tiny.safetensors'}"]
+    line = refusal_of(capsys, evaluate.main, [*wrong, f"--judge={tmp_path / 'other.safetensors'}"])
+    assert "recognises 3 classes of 3x12x12 images, from 'blue' to 'violet'. It cannot judge these images" in line
+
+
+def test_data_of_another_training_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = write_colours(tmp_path / "others", each=4, names=OTHER_NAMES)
+    line = refusal_of(
+        capsys, evaluate.main, ["pictures", f"--data={other}", f"--checkpoint={folder / 'tiny.safetensors'}"]
+    )
+    assert "must be trained on --data, 3 classes of 3x12x12 images from 'blue' to 'violet'" in line
+
+
+def test_classifier_of_own_data_does_not_overwrite_the_shipped_ones(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal_of(capsys, train_classifiers.main, ["judge", f"--data={folder / 'colours'}"])
+    assert "--data needs --out" in line
