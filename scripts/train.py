@@ -4,6 +4,7 @@ Without --data it trains on MNIST, which it downloads. Run the same command agai
 On a CPU, the result has the same bits as an uninterrupted run.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from scripts.common.arguments import (
     add_own_data_arguments,
     add_training_arguments,
     from_arguments,
+    integer,
 )
 from scripts.common.data.data_set import DataSet, load_data
 from scripts.common.data.first_look import lines_about, save_sheet
@@ -38,7 +40,13 @@ def main(argv: list[str] | None = None) -> None:
     with Reporter(lambda: stop_message("train", args.out), stop=stops_soon) as reporter:
         load = partial(own_data, args.data, args.image_size, args.out, reporter)
         load = load if args.data else partial(mnist_data, args.data_dir)
-        train_on(from_arguments(TrainingRequest, args), load, reporter)
+        train_on(from_arguments(TrainingRequest, args), partial(limited, load, args.limit), reporter)
+
+
+def limited(load: Callable[[], DataSet], limit: int | None) -> DataSet:
+    """Loads data, and keeps at most `limit` training images of each class. None means all."""
+    data = load()
+    return data if limit is None else data.limited(limit)
 
 
 def own_data(path: Path, image_size: int | None, out: Path, reporter: Reporter) -> DataSet:
@@ -57,6 +65,17 @@ def build_parser() -> Parser:
     parser = Parser(prog="python -m scripts.train", description=__doc__)
     add_own_data_arguments(parser)
     parser.add_argument("--flip", action="store_true", help="mirror half of the training images; not for digits")
+    parser.add_argument(
+        "--limit",
+        type=integer(2),
+        metavar="IMAGES",
+        help="use at most this number of training images of each class, to try a run quickly; default: all",
+    )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write losses and images for TensorBoard into the run folder; needs the extra tensorboard",
+    )
     parser.add_argument(
         "--preset",
         help=f"{', '.join(preset_names(of_students=False))}, a path to a .toml file, or {AUTO}, which chooses it for "

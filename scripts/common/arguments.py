@@ -130,9 +130,9 @@ def _number(text: str) -> float:
 def from_arguments(kind: Callable[..., Request], args: argparse.Namespace) -> Request:
     """Creates an object of the dataclass `kind` from the arguments that have the names of its fields.
 
-    If an argument is None, the field keeps its default.
+    If an argument is None, or the script does not have it, the field keeps its default.
     """
-    given = {name: getattr(args, name) for name in inspect.signature(kind).parameters}
+    given = {name: getattr(args, name, None) for name in inspect.signature(kind).parameters}
     return kind(**{name: value for name, value in given.items() if value is not None})
 
 
@@ -264,7 +264,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--time-limit",
         type=positive,
         metavar="MINUTES",
-        help="stop before an epoch that would exceed this limit (at least one epoch runs); default: no limit",
+        help="save the state and stop after this time, but not before the end of the first epoch; default: no limit",
     )
     parser.add_argument(
         "--seed",
@@ -283,4 +283,3 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "an error; off: never",
     )
     parser.add_argument("--num-threads", type=integer(1, 1024), help="number of CPU threads; default: chosen by torch")
-    parser.set_defaults(flip=False)  # scripts.train has an option for it

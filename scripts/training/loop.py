@@ -1,6 +1,6 @@
 """Runs the training loop. Resumes from the last saved state in the run folder."""
 
-import re
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,14 +9,18 @@ from pathlib import Path
 import torch
 
 from model.compiled.memory import keep_freed_memory
+from model.files import write_atomically
 from model.precision import can_compile, no_compiler
 from scripts.common.data.data_set import DataSet
 from scripts.common.errors import ScriptError
-from scripts.common.progress import Reporter
+from scripts.common.plots import plot_losses
+from scripts.common.progress import Reporter, is_installed
 from scripts.training.auto import AUTO, choices_for, describe
+from scripts.training.card import CARD, card
 from scripts.training.objective import DenoisingObjective
 from scripts.training.recipe import Recipe, load_recipe
 from scripts.training.run import MODEL, Run
+from scripts.training.tensorboard import TENSORBOARD, tensorboard_writer
 from scripts.training.trainer import EpochResult, Trainer
 
 SAVE_SECONDS = 120.0  # within an epoch, the state is saved after this time
@@ -34,8 +38,8 @@ class TrainingRequest:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     compile: str = "auto"  # auto, on or off
     num_threads: int | None = None  # None means torch's default
-
     flip: bool = False  # mirror half of the training images
+    tensorboard: bool = False  # write losses and images for TensorBoard
 
     def load_recipe(self, data: DataSet | None = None) -> Recipe:
         """Returns the recipe of the preset for the data, with the requested changes. Raises ScriptError."""
@@ -75,12 +79,24 @@ def train_on(request: TrainingRequest, load: Callable[[], DataSet], reporter: Re
     objective = DenoisingObjective(recipe, data.learn, data.validate, device)
     request.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(recipe, objective, seed=request.seed, device=device, compiled=compiled)
-    train(trainer, request.run_of(recipe, data.description, data.class_names), reporter, time_limit=request.time_limit)
+    run = request.run_of(recipe, data.description, data.class_names)
+    if request.tensorboard:
+        run.watch = tensorboard_writer(run.folder / TENSORBOARD)
+    train(trainer, run, reporter, time_limit=request.time_limit)
+    if trainer.epoch == recipe.epochs and not (run.folder / CARD).exists():
+        num_parameters = sum(p.numel() for p in trainer.network.parameters())
+        write_atomically(run.folder / CARD, card(run, data, num_parameters).encode())
+        if is_installed("matplotlib"):
+            plot_losses([run.folder], run.folder / "losses.png")
 
 
 def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float | None = None) -> None:
-    """Runs the remaining epochs. Stops before an epoch that would exceed `time_limit`, in minutes."""
+    """Runs the remaining epochs.
+
+    After `time_limit` minutes it saves the state and stops, but not before the end of the first epoch.
+    """
     start = time.perf_counter()
+    end = start + 60 * time_limit if time_limit else math.inf
     if run.resume(trainer):
         reporter.line(f"resuming from epoch {trainer.epoch} of {run.folder}")
         if run.earlier_arithmetic != trainer.arithmetic:
@@ -92,28 +108,30 @@ def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float |
     reporter.line(f"{num_parameters:,} parameters, {trainer.objective.num_examples:,} examples, on {trainer.device}")
     if trainer.compiled:
         reporter.line("compiling the training step during the first batch; this takes a minute or more")
-    longest_epoch = 0.0
     while trainer.epoch < run.recipe.epochs:
         epoch_start = time.perf_counter()
-        if time_limit and (epoch_start - start + longest_epoch) > 60 * time_limit:
-            reporter.line(f"time limit: stopped after epoch {trainer.epoch}; run the same command again to resume")
+        try:
+            result = _epoch(trainer, run, reporter, end)
+        except _TimeIsUp:
+            reporter.line(f"time limit: stopped in epoch {trainer.epoch + 1}; run the same command again to resume")
             return
-        result = _epoch(trainer, run, reporter)
-        seconds = time.perf_counter() - epoch_start
-        longest_epoch = max(longest_epoch, seconds)
         best = run.record(trainer, result)
+        seconds = time.perf_counter() - epoch_start
+        minutes_left = seconds * (run.recipe.epochs - trainer.epoch) / 60
         reporter.line(
             f"epoch {result.epoch}/{run.recipe.epochs}  train {result.train_loss:.5f}  "
             f"validation {result.validation_loss:.5f}{'  best' if best else ''}  "
-            f"lr {result.learning_rate:.1e}  {seconds:.0f} s"
+            f"lr {result.learning_rate:.1e}  {seconds:.0f} s, {minutes_left:.0f} min left"
         )
-    model = run.folder / MODEL
-    name = re.sub(r"[^0-9A-Za-z._-]", "-", run.folder.resolve().name)
-    reporter.line(f"finished: {model}")
-    reporter.line(f"serve it: scripts/serve --model {name}={model}")
+    reporter.line(f"finished: {run.folder / MODEL}")
+    reporter.line(f"serve it: scripts/serve --model {run.name}={run.folder / MODEL}")
 
 
-def _epoch(trainer: Trainer, run: Run, reporter: Reporter) -> EpochResult:
+class _TimeIsUp(Exception):
+    """Ends an epoch whose state was saved."""
+
+
+def _epoch(trainer: Trainer, run: Run, reporter: Reporter, end: float) -> EpochResult:
     batch_size = run.recipe.batch_size
     total = trainer.steps_per_epoch * batch_size
     saved_at = time.monotonic()
@@ -121,9 +139,12 @@ def _epoch(trainer: Trainer, run: Run, reporter: Reporter) -> EpochResult:
     def on_steps(count: int, loss: float) -> None:
         nonlocal saved_at
         task.advance(count * batch_size, f"loss {loss:.4f}")
-        if time.monotonic() - saved_at > SAVE_SECONDS:
+        is_late = bool(run.results) and time.perf_counter() > end
+        if is_late or time.monotonic() - saved_at > SAVE_SECONDS:
             run.save_state(trainer)
             saved_at = time.monotonic()
+        if is_late:
+            raise _TimeIsUp
 
     with reporter.task(f"epoch {trainer.epoch + 1}/{run.recipe.epochs}", total, "images") as task:
         return trainer.run_epoch(on_steps)

@@ -4,12 +4,17 @@ state.pt           the state that is needed to resume
 model.safetensors  the checkpoint with the lowest validation loss
 losses.csv         one line per epoch
 epochs/NN.png      an image of each class after each epoch, generated from the same noise
+losses.png         the losses of a finished run
+README.md          the card of a finished run
+tensorboard/       the losses and images for TensorBoard, if the run writes them
 paths/             of a distillation: the paths that the teacher generated
 """
 
 import csv
 import io
 import math
+import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,7 +57,13 @@ class Run:
         self.folder, self.preset, self.recipe, self.seed, self.data = folder, preset, recipe, seed, data
         self.class_names = class_names
         self.results: list[EpochResult] = []
+        self.watch: Callable[[EpochResult, Tensor], None] = lambda result, images: None  # gets each epoch's images
         self.earlier_arithmetic: str | None = None  # Trainer.arithmetic before the run was resumed
+
+    @property
+    def name(self) -> str:
+        """The name of the folder, as a name under which the service can serve the model."""
+        return re.sub(r"[^0-9A-Za-z._-]", "-", self.folder.resolve().name)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -93,7 +104,9 @@ class Run:
         if best:
             self.safe_save_model(trainer)
         columns = min(len(self.class_names), GRID_COLUMNS)
-        save_grid(self._samples(trainer), self.folder / "epochs" / f"{result.epoch:02d}.png", columns=columns)
+        images = self._samples(trainer)
+        self.watch(result, images)
+        save_grid(images, self.folder / "epochs" / f"{result.epoch:02d}.png", columns=columns)
         write_atomically(self.folder / "losses.csv", self._csv().encode())
         self.save_state(trainer)
         return best

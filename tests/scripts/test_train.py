@@ -204,24 +204,31 @@ def test_same_seed_gives_the_same_run_and_another_seed_does_not(
     assert not any(torch.equal(networks[0][name], networks[1][name]) for name in networks[0])
 
 
-def test_time_limit_stops_between_epochs_and_the_run_resumes(
+@pytest.mark.parametrize(("minutes", "epoch", "num_done"), [(0.5, 1, 1), (10.5, 2, 2)])
+def test_time_limit_stops_within_an_epoch_after_the_first_and_the_run_resumes(
     data_folder: Path,
     complete_runs: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    minutes: float,
+    epoch: int,
+    num_done: int,
 ) -> None:
-    """Each reading of the fake clock takes a minute. The third epoch would end after the limit."""
-    minutes = iter(range(1000))
-    monkeypatch.setattr(
-        loop, "time", SimpleNamespace(perf_counter=lambda: 60.0 * next(minutes), monotonic=time.monotonic)
-    )
-    argv = arguments(data_folder, "cosine", data_folder / "limited", "--time-limit", "5")
+    """Each reading of the fake clock takes a minute. It is read at the start, and at the beginning and end of an epoch.
+
+    After the first epoch it is also read in each of the four steps: the third epoch begins at minute 9.
+    """
+    now = iter(range(1000))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: 60.0 * next(now), monotonic=time.monotonic))
+    out = data_folder / f"limited-{minutes}"
+    argv = arguments(data_folder, "cosine", out, "--time-limit", str(minutes))
     train.main(argv)
-    assert state_of(data_folder / "limited")["trainer"]["epoch"] == 2
-    assert "time limit: stopped after epoch 2" in capsys.readouterr().out
-    train.main(argv)
-    assert "resuming from epoch 2" in capsys.readouterr().out
-    assert differences(data_folder / "limited", complete_runs["cosine"]) == []
+    state = state_of(out)["trainer"]
+    assert (state["epoch"], state["within_epoch"]["num_done"]) == (epoch, num_done)
+    assert f"time limit: stopped in epoch {epoch + 1}" in capsys.readouterr().out
+    train.main(arguments(data_folder, "cosine", out))
+    assert f"resuming from epoch {epoch}" in capsys.readouterr().out
+    assert differences(out, complete_runs["cosine"]) == []
 
 
 def test_finished_run_is_not_changed(data_folder: Path, complete_runs: dict[str, Path]) -> None:

@@ -6,7 +6,7 @@ grey if all pictures are grey, and in colour otherwise. Nothing is written into 
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,15 @@ class DataSet:
     def description(self) -> str:
         """Describes the data in a checkpoint. A run can be resumed only with the same description."""
         return self.known_as or f"{self.name}, {len(self.learn)} training images, SHA-256 {self.digest[:16]}"
+
+    def limited(self, most: int) -> "DataSet":
+        """Returns the data with at most `most` training images of each class, the first ones."""
+        number = torch.zeros(len(self.learn), dtype=torch.int64)  # of an image in its class
+        for label in range(len(self.class_names)):
+            is_of_class = self.learn.labels == label
+            number[is_of_class] = torch.arange(int(is_of_class.sum()))
+        known_as = self.known_as and f"{self.known_as}, at most {most} of each class"
+        return replace(self, learn=self.learn.rows(number < most), known_as=known_as)
 
     @property
     def digest(self) -> str:

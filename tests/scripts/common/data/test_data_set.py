@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from model.prepared_image import central_square
-from scripts.common.data.data_set import DataSet, load_data
+from scripts.common.data.data_set import DataSet, ImageSet, load_data
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 from tests.scripts.common.data.samples import (
@@ -263,3 +263,14 @@ def test_bad_npz_file_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], 
 def test_pickle_is_refused_without_reading_it(tmp_path: Path) -> None:
     (tmp_path / "data.pkl").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     assert "can contain Python objects, which run code when they are read" in message(tmp_path / "data.pkl")
+
+
+def test_limit_keeps_the_first_training_images_of_each_class_and_all_others() -> None:
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    learn = ImageSet(images, torch.tensor([2, 0, 0, 2, 2, 0, 1, 0, 2, 2]))
+    data = DataSet("x", ("a", "b", "c"), learn, learn, learn, known_as="the data")
+    limited = data.limited(2)
+    assert limited.learn.images.flatten().tolist() == [0, 1, 2, 3, 6]
+    assert limited.learn.labels.tolist() == [2, 0, 0, 2, 1]
+    assert limited.validate is limited.test is learn
+    assert limited.description == "the data, at most 2 of each class"

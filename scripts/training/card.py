@@ -1,0 +1,67 @@
+"""The card of a trained model: README.md in the run folder, in the format of model cards of the Hugging Face Hub."""
+
+from scripts.common.data.data_set import DataSet
+from scripts.common.data.first_look import lines_about
+from scripts.training.auto import describe
+from scripts.training.run import MODEL, Run
+
+CARD = "README.md"
+MOST_NAMED = 10  # classes in the first sentence
+
+
+def card(run: Run, data: DataSet, num_parameters: int) -> str:
+    """Returns the text of the card of a finished run."""
+    return "\n\n".join(
+        [_front_matter(), _introduction(run, data), _use(run), _data(data), _training(run, num_parameters)]
+    )
+
+
+def _front_matter() -> str:
+    return "---\ntags:\n- diffusion\n- class-conditional\n- unfog\n---"
+
+
+def _introduction(run: Run, data: DataSet) -> str:
+    channels, side, _ = data.image_shape
+    names, kind = data.class_names, "grey" if channels == 1 else "colour"
+    shown = ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
+    return (
+        f"# {run.name}\n\nA diffusion model that generates {kind} images of {side}x{side} pixels. Its classes are "
+        f"{shown}.\n\n![images of the classes after the last epoch](epochs/{len(run.results):02d}.png)"
+    )
+
+
+def _use(run: Run) -> str:
+    label = run.class_names[0]
+    return f"""## Use
+
+```bash
+scripts/serve --model {run.name}={run.folder / MODEL}
+python -m scripts.sample --checkpoint {run.folder / MODEL} --label '{label}' --count 16 --out sheet.png
+```
+
+How good the images are was not measured. `python -m scripts.evaluate pictures` measures it."""
+
+
+def _data(data: DataSet) -> str:
+    lines = "\n".join(f"- {line}" for line in lines_about(data))
+    return f"""## Training data
+
+{lines}
+
+The description in the checkpoint is: {data.description}. The model can generate images that are nearly copies of \
+these images. Do not publish it if they are private or if their licence forbids it."""
+
+
+def _training(run: Run, num_parameters: int) -> str:
+    best = min(run.results, key=lambda result: result.validation_loss)
+    recipe = "\n".join(describe(run.recipe.model_dump(mode="json", exclude_none=True)))
+    return f"""## Training
+
+The network has {num_parameters:,} parameters. It was trained for {len(run.results)} epochs with the seed {run.seed}. \
+The checkpoint is that of epoch {best.epoch}, which had the lowest validation loss, {best.validation_loss:.5f}. \
+`losses.csv` and `losses.png` have the losses of all epochs. The recipe, from the preset `{run.preset}`:
+
+```text
+{recipe}
+```
+"""

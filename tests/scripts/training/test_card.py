@@ -1,0 +1,48 @@
+"""The files that a finished run has for its reader: the card and the curves, and those for TensorBoard."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from scripts import train
+from tests.scripts.common.data.samples import NAMES, SIZE, write_folder
+
+EPOCHS = 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A finished run on the pictures of three classes, with files for TensorBoard."""
+    folder = tmp_path_factory.mktemp("card")
+    argv = [f"--data={write_folder(folder / 'pets', splits=True)}", f"--out={folder / 'my pets'}", "--tensorboard"]
+    train.main([*argv, f"--epochs={EPOCHS}", "--compile=off", "--num-threads=1", "--device=cpu", "--limit=5"])
+    yield folder / "my pets"
+
+
+def test_card_names_the_data_the_recipe_and_the_commands(run: Path) -> None:
+    text = (run / "README.md").read_text("utf-8")
+    assert f"# my-pets\n\nA diffusion model that generates colour images of {SIZE}x{SIZE} pixels" in text
+    assert f"Its classes are {', '.join(NAMES)}." in text
+    assert f"scripts/serve --model my-pets={run / 'model.safetensors'}" in text
+    assert "- pets: 3 classes, 15 images for training, 9 for validation" in text
+    assert "warning: the class 'cat' has only 5 images" in text
+    assert f"\nepochs = {EPOCHS}\n" in text and "\nunet.num_classes = 3\n" in text
+    assert f"![images of the classes after the last epoch](epochs/{EPOCHS:02d}.png)" in text
+    assert (run / f"epochs/{EPOCHS:02d}.png").exists()
+
+
+def test_curves_of_the_losses_are_drawn(run: Path) -> None:
+    with Image.open(run / "losses.png") as image:
+        assert image.width > 500
+
+
+def test_tensorboard_has_the_losses_and_images_of_each_epoch(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run / "tensorboard")).Reload()
+    written = [float(line.split(",")[1]) for line in (run / "losses.csv").read_text().splitlines()[1:]]
+    assert [event.value for event in found.Scalars("loss/training")] == pytest.approx(written, abs=1e-5)
+    assert [event.step for event in found.Scalars("loss/validation")] == [*range(1, EPOCHS + 1)]
+    assert [event.step for event in found.Images("images")] == [*range(1, EPOCHS + 1)]
