@@ -7,7 +7,7 @@ import re
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Self
@@ -29,6 +29,8 @@ MAX_SEED = 2**53 - 1  # the largest integer that a JSON parser with double preci
 MAX_INDEX = 999_999
 MAX_SCALE = 16  # the largest factor by which images of this project are enlarged
 MAX_STEPS = 9999
+MOST_COLUMNS = 16  # of a sheet of images that have a label each
+LAYOUT = "Layout"  # the text chunk of such a sheet
 
 # The length of each number is limited, because the conversion of long numbers is slow.
 _FORMS = {  # name of a chunk -> pattern of its value, and description for errors
@@ -41,6 +43,7 @@ _FORMS = {  # name of a chunk -> pattern of its value, and description for error
     "Steps": (r"[1-9][0-9]{0,3}", f"an integer from 1 to {MAX_STEPS}"),
     "Guidance-Scale": (r"[0-9]{1,3}(?:\.[0-9]{1,20})?", f"a number from 1 to {MAX_GUIDANCE_SCALE}"),
     "Model-SHA256": (r"[0-9a-f]{64}", "64 hexadecimal digits in lower case"),
+    LAYOUT: ("rows", "'rows'"),
 }
 _CLIP_FORMS = {
     # A scale below 0.0001 is written with an exponent, such as 1e-05.
@@ -105,21 +108,25 @@ class Provenance:
     first_index: int = 0  # index of the first image of a request
     clip: ClipProvenance | None = None  # None: no CLIP guidance
     has_digits: bool = True  # True if the classes of the model are digits
+    one_each: bool = False  # True if `labels` has the name of the class of each image, with repetitions
 
     @classmethod
     def parse(cls, text: Mapping[str, str]) -> tuple[Self, range]:
         """Returns the provenance of a picture, and the indices of its images, from its text chunks.
 
         A contact sheet of n images has the indices 0 to n - 1. A sheet of several classes has these indices for each
-        class. Raises ProvenanceError for a picture of a task other than generation and for missing or malformed chunks.
+        class, unless it has the chunk Layout: then the names are those of its images. Raises ProvenanceError for a
+        picture of a task other than generation and for missing or malformed chunks.
         """
         if TASK in text:
             raise ProvenanceError(
                 "The picture was made from another picture, which its file does not contain. Use a picture of "
                 "/generate, /v1/images/generations or scripts.sample"
             )
+        one_each = LAYOUT in text
         named = "Digit" if "Digit" in text or "Label" not in text else "Label"  # The oldest files have no Label.
-        values = {name: _value(name, text) for name in _FORMS if name not in ("Digit", "Label") or name == named}
+        skipped = {"Digit", "Label", LAYOUT} - {named, *([LAYOUT] if one_each else [])}
+        values = {name: _value(name, text) for name in _FORMS if name not in skipped}
         labels = values["Digit"].split(",") if named == "Digit" else _labels_of(values["Label"])
         first, _, last = values["Index"].partition("-")
         provenance = cls(
@@ -133,9 +140,11 @@ class Provenance:
             first_index=int(first),
             clip=ClipProvenance.parse(text),
             has_digits=named == "Digit",
+            one_each=one_each,
         )
+        indices = range(provenance.first_index, int(last or first) + 1)
         is_valid = {
-            named: len(set(labels)) == len(labels),
+            named: len(labels) == len(indices) if one_each else len(set(labels)) == len(labels),
             "Seed": provenance.seed <= MAX_SEED,
             "Guidance-Scale": 1 <= provenance.guidance_scale <= MAX_GUIDANCE_SCALE,
         }
@@ -144,15 +153,29 @@ class Provenance:
         for name, valid in is_valid.items():
             if not valid:
                 raise _malformed(name)
-        return provenance, range(provenance.first_index, int(last or first) + 1)
+        return provenance, indices
+
+    def of_image(self, index: int) -> Self:
+        """Returns the provenance of one image. It differs if the images have a label each."""
+        if not self.one_each:
+            return self
+        return replace(self, labels=(self.labels[index - self.first_index],), one_each=False)
+
+    def shape(self, count: int) -> tuple[int, int]:
+        """Returns the numbers of rows and columns of a contact sheet with the indices of `count` images."""
+        return rows_shape(count) if self.one_each else sheet_shape(count, len(self.labels))
 
     def class_text(self) -> dict[str, str]:
-        """Returns the PNG text chunks that name the class."""
+        """Returns the PNG text chunks that name the class, or that of each image."""
+        if self.one_each:
+            return {"Label": json.dumps(self.labels), LAYOUT: "rows"}
         digit = {"Digit": ",".join(self.labels) or "none"} if self.has_digits else {}
         return {**digit, **({"Label": _label_text(self.labels)} if self.labels else {})}
 
     def text(self, index: int | str) -> dict[str, str]:
         """Returns the PNG text chunks for the image `index`. The index of a contact sheet is a range such as "0-3"."""
+        if self.one_each and isinstance(index, int):
+            return self.of_image(index).text(index)
         return {
             "Software": self.software,
             **self.class_text(),
@@ -217,6 +240,11 @@ def sheet_shape(count: int, num_classes: int = 1) -> tuple[int, int]:
         return num_classes, count
     columns = math.ceil(math.sqrt(count))
     return math.ceil(count / columns), columns
+
+
+def rows_shape(count: int) -> tuple[int, int]:
+    """Returns the numbers of rows and columns of a sheet of images in the order of a text."""
+    return math.ceil(count / MOST_COLUMNS), min(count, MOST_COLUMNS)
 
 
 def encode_png(image: Image.Image, *, scale: int = 1, text: Mapping[str, str] | None = None) -> bytes:

@@ -108,7 +108,7 @@ def write_sheet(path: Path, x_0: Tensor, num_classes: int, provenance: Provenanc
     """
     count = len(x_0) // num_classes
     text = provenance.text(f"0-{count - 1}" if count > 1 else 0)
-    write_atomically(path, encode_pixels(arrange(x_0, num_classes).numpy(), scale=scale, text=text))
+    write_atomically(path, encode_pixels(arrange(x_0, provenance.shape(count)).numpy(), scale=scale, text=text))
 
 
 def write_folder(folder: Path, name: str, x_0: Tensor, provenance: Provenance, *, scale: int) -> None:

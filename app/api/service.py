@@ -193,6 +193,8 @@ class Service:
         """Raises the errors of `submit`, except Overloaded and those of a change of the state after the call."""
         limit = self.settings.largest_request
         if task.job.count > limit:
+            if task.one_each:
+                raise FieldError("labels", f"List should have at most {limit} items")
             raise FieldError("count", f"Input should be less than or equal to {limit}")
         self._check_timeout(task.job.timeout)
         if not task.job.clip:  # A request that has waited for CLIP is also admitted during a drain.
@@ -307,9 +309,9 @@ async def answer(
 async def _animation(request: Request, service: Service, task: Task, media_type: str, num_previews: int) -> Response:
     """Submits a task and returns the animation of its images. See num_frames_of for `num_previews`."""
     num_frames = num_frames_of(num_previews, task.options.num_steps)
-    num_pixels = num_pixels_of(task.info.image_shape, task.job.count, task.scale, num_frames)
+    num_pixels = num_pixels_of(task.info.image_shape, task.sheet_shape, task.scale, num_frames)
     service.check(task)  # Its errors precede Overloaded.
-    collector = FrameCollector(num_frames, task.job.count)
+    collector = FrameCollector(num_frames, task.job.count, task.sheet_shape)
 
     def encode(job: Job, images: list[Pixels]) -> bytes:
         text = sheet_text(service.provenance(task, job), task.job.count)

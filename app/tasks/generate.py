@@ -10,7 +10,7 @@ from app.engine.interface import ClipInfo, Embeddings, ModelInfo
 from app.engine.job import ClipTarget, ImageKey, JobRequest, Options
 from app.errors import FieldError
 from app.tasks.fields import NOT_NULL, Number, Prompt, may_be_absent
-from app.tasks.labels import LabelFields, required_label_of
+from app.tasks.labels import Label, LabelFields, number_of, required_label_of
 from app.tasks.sampling import SamplingFields, options_of
 from app.tasks.task import Task
 from model.spec import MAX_CLIP_GUIDANCE_SCALE
@@ -20,7 +20,15 @@ NO_CLIP: Mapping[str, Any] = {"clip_guidance_scale": 0.0, "clip_prompt": None, "
 
 
 class GenerateFields(SamplingFields, LabelFields):
-    """The fields of a request for images of a class."""
+    """The fields of a request for images of a class, or of a class for each image."""
+
+    labels: Annotated[Annotated[list[Label], Field(min_length=1)] | None, NOT_NULL] = Field(
+        default=None,
+        description="The class of each image, instead of `label`, `digit` and `count`: image i has the class labels[i] "
+        "and the pixels of image i of a request for that class with the same seed. A contact sheet then has one row, "
+        "or rows of 16 images.",
+        json_schema_extra=may_be_absent,
+    )
 
     clip_guidance_scale: Annotated[Number, Field(ge=0, le=MAX_CLIP_GUIDANCE_SCALE)] = Field(
         default=0,
@@ -41,6 +49,8 @@ def generate(info: ModelInfo, fields: GenerateFields, images: Sequence[ImageKey]
     `images` are those of JobRequest. Raises FieldError for a value that the model does not support, and for a prompt of
     CLIP guidance without a scale.
     """
+    if fields.labels is not None:
+        return _one_of_each(info, fields, [label for label in fields.labels if label is not None])
     label = required_label_of(info, fields)
     return _task_of(info, fields, _with_clip_options(options_of(fields, label, info), label, fields, info), images)
 
@@ -53,10 +63,22 @@ def generate_each(info: ModelInfo, fields: SamplingFields, images: Sequence[Imag
     return _task_of(info, fields, options_of(fields, images[0].label, info), images)
 
 
+def _one_of_each(info: ModelInfo, fields: GenerateFields, labels: Sequence[str | int]) -> Task:
+    """Returns the task that generates one image for each label. Raises FieldError as `generate`."""
+    for name in ("label", "digit", "count"):
+        if name in fields.model_fields_set:
+            raise FieldError(name, "Send either labels or label, digit and count")
+    if fields.clip_guidance_scale or fields.clip_prompt is not None:
+        raise FieldError("labels", "CLIP guidance has one prompt for all images. Send label instead of labels")
+    images = [ImageKey(number_of(info, label, "labels"), fields.seed, i) for i, label in enumerate(labels)]
+    task = _task_of(info, fields, options_of(fields, images[0].label, info), images)
+    return replace(task, one_each=True)
+
+
 def _task_of(info: ModelInfo, fields: SamplingFields, options: Options, images: Sequence[ImageKey]) -> Task:
     job = JobRequest(
         options,
-        fields.count,
+        len(images) or fields.count,
         timeout=fields.timeout_seconds,
         guided_steps=info.guided_steps_of(options),
         images=tuple(images),

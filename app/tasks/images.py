@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from app.engine.job import Pixels
-from model.png import Provenance, encode_pixels, sheet_shape
+from model.png import Provenance, encode_pixels
 
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # earliest date of the format; constant, so that equal images give equal archives
 
@@ -31,7 +31,7 @@ def encode_images(images: list[Pixels], provenance: Provenance, scale: int) -> l
 
 def encode_sheet(images: list[Pixels], provenance: Provenance, scale: int) -> bytes:
     """Encodes one image, or a contact sheet of several images."""
-    sheet = images[0] if len(images) == 1 else arrange(images)
+    sheet = images[0] if len(images) == 1 else arrange(images, provenance.shape(len(images)))
     return encode_image(sheet, scale, sheet_text(provenance, len(images)))
 
 
@@ -40,9 +40,9 @@ def sheet_text(provenance: Provenance, count: int) -> dict[str, str]:
     return provenance.text(provenance.first_index if count == 1 else f"0-{count - 1}")
 
 
-def arrange(images: list[Pixels]) -> Pixels:
-    """Returns the contact sheet of images of the same shape. It is row-major, without gaps. Empty cells are black."""
-    rows, columns = sheet_shape(len(images))
+def arrange(images: list[Pixels], shape: tuple[int, int]) -> Pixels:
+    """Returns the contact sheet of images, with these numbers of rows and columns. Empty cells are black."""
+    rows, columns = shape
     height, width = images[0].shape[:2]
     sheet = np.zeros((rows * height, columns * width, *images[0].shape[2:]), dtype=np.uint8)
     for i, pixels in enumerate(images):
@@ -65,6 +65,7 @@ def encode_zip(images: list[Pixels], provenance: Provenance, scale: int) -> byte
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for i, png in enumerate(encode_images(images, provenance, scale)):
-            name = f"{provenance.task.get('Task', file_name_of(provenance))}-seed-{provenance.seed}-{i}.png"
+            start = provenance.task.get("Task") or file_name_of(provenance.of_image(provenance.first_index + i))
+            name = f"{start}-seed-{provenance.seed}-{i}.png"
             archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), png)
     return buffer.getvalue()

@@ -79,8 +79,8 @@ def missing_label(info: ModelInfo, message: str) -> FieldError:
     return FieldError("digit" if info.has_digits else "label", message)
 
 
-def number_of(info: ModelInfo, label: str | int) -> int:
-    """Returns the number of a class, given its name or its number.
+def number_of(info: ModelInfo, label: str | int, field: str = "label") -> int:
+    """Returns the number of a class, given its name or its number. `field` is the field of a request that names it.
 
     A text is a name, exactly or without regard to case, or otherwise a number in decimal notation, as in a form. Raises
     FieldError if the model has no such class. The error names the nearest class.
@@ -96,7 +96,7 @@ def number_of(info: ModelInfo, label: str | int) -> int:
             label = int(label)
     if isinstance(label, int) and label < len(names):
         return label
-    raise FieldError("label", unknown_label(info, label))
+    raise FieldError(field, unknown_label(info, label))
 
 
 def folded_name(text: str) -> str:

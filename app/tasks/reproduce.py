@@ -18,12 +18,13 @@ from app.tasks.images import arrange
 from app.tasks.labels import required_label_of
 from app.tasks.picture_files import AS_WRITTEN, PictureError, PictureFile, damaged, inspect, read_text
 from app.tasks.task import Task
-from model.png import CHUNKS, MAX_SCALE, SOFTWARE, TASK, Provenance, ProvenanceError, sheet_shape
+from model.png import CHUNKS, MAX_SCALE, SOFTWARE, TASK, Provenance, ProvenanceError
 
 _GREY, _RGB = 0, 2  # colour types of PNG
 _CHUNK_OF = {
     "digit": "Digit",
     "label": "Label",
+    "labels": "Label",
     "num_steps": "Steps",
     "sampler": "Sampler",
     "guidance_scale": "Guidance-Scale",
@@ -47,7 +48,7 @@ class Original:
 
     def compare(self, images: list[Pixels]) -> dict[str, Any]:
         """Compares the picture with the images that were generated now. Returns the facts of the answer."""
-        drawn = (images[0] if len(images) == 1 else arrange(images)).astype(np.int16)
+        drawn = (images[0] if len(images) == 1 else arrange(images, self.task.sheet_shape)).astype(np.int16)
         difference = np.maximum(np.abs(self.low - drawn), np.abs(self.high - drawn))
         if difference.ndim == 3:
             difference = difference.max(axis=2)
@@ -76,14 +77,14 @@ def read_original(
         provenance, indices = Provenance.parse(read_text(data, {*CHUNKS, TASK}))
     except ProvenanceError as error:
         raise PictureError(str(error)) from error
-    if len(provenance.labels) != 1:
+    if len(provenance.labels) != 1 and not provenance.one_each:
         raise PictureError("The picture has several classes. Generate it again with python -m scripts.sample --like")
     if len(indices) > max_count:
         raise PictureError(f"The picture has {len(indices)} images. At most {max_count} are permitted")
     info = _model_of(provenance, models)
     _check_clip(provenance, clip)
     task = _task_of(provenance, info, indices, timeout)
-    scale = _scale_of(file, info, len(indices))
+    scale = _scale_of(file, task)
     low, high = _without_enlargement(_pixels_of(file, info), scale)
     return Original(replace(task, scale=scale), provenance.software, low, high)
 
@@ -109,8 +110,12 @@ def _check_clip(provenance: Provenance, clip: ClipInfo | None) -> None:
 
 def _task_of(provenance: Provenance, info: ModelInfo, indices: range, timeout: float | None) -> Task:
     """Returns the task of a picture. Raises PictureError for values that generation or the model do not permit."""
-    seed, clip, (name,) = provenance.seed, dict[str, Any](), provenance.labels
-    named: dict[str, Any] = {"digit": int(name)} if provenance.has_digits else {"label": name}
+    seed, clip, names = provenance.seed, dict[str, Any](), provenance.labels
+    named: dict[str, Any] = {"count": len(indices), "digit" if provenance.has_digits else "label": names[0]}
+    if provenance.has_digits:
+        named["digit"] = int(names[0])
+    if provenance.one_each:
+        named = {"labels": list(names)}
     if provenance.clip:
         clip["clip_guidance_scale"] = provenance.clip.scale
         if provenance.clip.prompt is not None:
@@ -118,17 +123,17 @@ def _task_of(provenance: Provenance, info: ModelInfo, indices: range, timeout: f
     try:
         fields = GenerateFields(
             **named,
-            count=len(indices),
             seed=seed,
             num_steps=provenance.num_steps,
             sampler=provenance.sampler,  # type: ignore[arg-type] # pydantic checks it
             guidance_scale=provenance.guidance_scale,
             **clip,
         )
-        label = required_label_of(info, fields)
-        if info.class_names[label] != name:  # A request can name a class by its number, but a picture has the name.
+        label = None if provenance.one_each else required_label_of(info, fields)
+        if not set(names) <= set(info.class_names):  # A request can name a class by its number, but a picture cannot.
             raise FieldError("label", f"Input should be a name of a class of the model '{info.name}'")
-        task = generate(info, fields, [ImageKey(label, seed, i) for i in indices] if len(indices) == 1 else ())
+        images = () if label is None or len(indices) > 1 else (ImageKey(label, seed, indices[0]),)
+        task = generate(info, fields, images)
     except ValidationError as error:
         _, (field, *_), message = problems_of(error)[0]
         raise _not_permitted(str(field), message) from error
@@ -141,10 +146,11 @@ def _not_permitted(field: str, message: str) -> PictureError:
     return PictureError(f"The value of the text chunk {_CHUNK_OF[field]} is not permitted. {message}")
 
 
-def _scale_of(file: PictureFile, info: ModelInfo, count: int) -> int:
-    """Returns the scale of the picture. Raises PictureError if it does not have the size of `count` images."""
+def _scale_of(file: PictureFile, task: Task) -> int:
+    """Returns the scale of the picture. Raises PictureError if it does not have the size of the images of the task."""
+    info, count = task.info, task.job.count
     height, width = info.image_shape[1:]
-    rows, columns = sheet_shape(count)
+    rows, columns = task.sheet_shape
     scale = file.width // (columns * width)
     if not 1 <= scale <= MAX_SCALE or (file.width, file.height) != (columns * width * scale, rows * height * scale):
         raise PictureError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from app.engine.interface import ModelInfo
 from app.engine.job import JobRequest, Options
-from model.png import ClipProvenance, Provenance
+from model.png import ClipProvenance, Provenance, rows_shape, sheet_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,7 @@ class Task:
     result_facts: Callable[[], dict[str, Any]] = dict  # further facts, which are known when the job is finished
     chunks: Mapping[str, str] = field(default_factory=dict)  # further text chunks of the PNG files
     clip_sha256: str = ""  # digest of the weights of the model of CLIP guidance
+    one_each: bool = False  # True if the request names the class of each image
 
     @property
     def options(self) -> Options:
@@ -28,8 +29,23 @@ class Task:
         return self.job.options
 
     def class_facts(self, label: int | None) -> dict[str, Any]:
-        """Returns the facts about the class of the finished job: its name, and the digit if the classes are digits."""
+        """Returns the facts about the class of the finished job: its name, and the digit if the classes are digits.
+
+        They are None if the images have different classes.
+        """
+        if self.one_each and len({image.label for image in self.job.images}) > 1:
+            label = None
         return {"label": self.info.name_of(label), "digit": self.info.digit_of(label)}
+
+    @property
+    def label_names(self) -> list[str]:
+        """The name of the class of each image, if the request names them."""
+        return [self.info.class_names[image.label] for image in self.job.images] if self.one_each else []
+
+    @property
+    def sheet_shape(self) -> tuple[int, int]:
+        """The numbers of rows and columns of a contact sheet of the images."""
+        return (rows_shape if self.one_each else sheet_shape)(self.job.count)
 
     def provenance(self, label: int | None) -> Provenance:
         """Returns the provenance for the PNG files. `label` is the class of the finished job."""
@@ -37,7 +53,7 @@ class Task:
         if self.job.clip:
             clip = ClipProvenance(options.clip_guidance_scale, options.clip_prompt, self.clip_sha256)
         return Provenance(
-            labels=() if name is None else (name,),
+            labels=tuple(self.label_names) or (() if name is None else (name,)),
             seed=options.seed,
             sampler=options.sampler,
             num_steps=self.num_steps,
@@ -47,4 +63,5 @@ class Task:
             first_index=images[0].index if images else 0,
             clip=clip,
             has_digits=self.info.has_digits,
+            one_each=self.one_each,
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.files import write_atomically
 from model.pixels import to_pixels
-from model.png import encode_pixels, sheet_shape
+from model.png import encode_pixels
 
 
 def grid(x_0: Tensor, columns: int) -> Tensor:
@@ -20,12 +20,12 @@ def grid(x_0: Tensor, columns: int) -> Tensor:
     return rearrange(to_pixels(x_0), "(r k) c h w -> (r h) (k w) c", k=columns)
 
 
-def arrange(x_0: Tensor, num_classes: int) -> Tensor:
-    """Arranges images (N, C, H, W) in [-1, 1] as a sheet of `sheet_shape`. Returns uint8 (rows * H, columns * W, C).
+def arrange(x_0: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Arranges images (N, C, H, W) in [-1, 1] as a sheet. Returns uint8 (rows * H, columns * W, C).
 
-    The images are sorted by digit, and each digit has the same number of images. Empty cells are black.
+    `shape` is the numbers of rows and columns. Empty cells are black.
     """
-    rows, columns = sheet_shape(len(x_0) // num_classes, num_classes)
+    rows, columns = shape
     empty = torch.full((rows * columns - len(x_0), *x_0.shape[1:]), -1.0)
     return grid(torch.cat([x_0, empty]), columns)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from model.files import write_atomically
-from model.png import MAX_SCALE, SOFTWARE, Provenance, ProvenanceError, encode_pixels, sheet_shape
+from model.png import MAX_SCALE, SOFTWARE, Provenance, ProvenanceError, encode_pixels
 from model.spec import SAMPLERS, SHIPPED, SHIPPED_FAST
 from scripts.common.drawing import DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError
@@ -33,7 +33,7 @@ class Original:
     def scale_of(self, image_shape: tuple[int, int, int]) -> int:
         """Returns the enlargement factor. Raises ScriptError if the picture does not have the size of its images."""
         channels, height, width = image_shape
-        rows, columns = sheet_shape(len(self.indices), len(self.provenance.labels))
+        rows, columns = self.provenance.shape(len(self.indices))
         scale = self.pixels.shape[1] // (columns * width)
         if not 1 <= scale <= MAX_SCALE or self.pixels.shape != (
             rows * height * scale,
@@ -143,10 +143,11 @@ def draw_again(original: Original, request: DrawingRequest, reporter: Reporter, 
             f"the digest {options.clip.sha256}. Give the CLIP model of the picture with --clip-model"
         )
     drawer.compile(request.compile, reporter)
-    y = torch.tensor(labels).repeat_interleave(len(original.indices))  # (N,)
-    index = torch.tensor(original.indices).repeat(len(labels))  # (N,)
+    y, index = torch.tensor(labels), torch.tensor(original.indices)  # (N,) each, if the images have a label each
+    if not provenance.one_each:
+        y, index = y.repeat_interleave(len(original.indices)), index.repeat(len(labels))  # (N,) each
     x_0 = drawer.draw(y, index, options, reporter, seed=provenance.seed, batch_size=request.batch_size)
-    small = arrange(x_0, len(labels))  # (H, W, C)
+    small = arrange(x_0, provenance.shape(len(original.indices)))  # (H, W, C)
     if out:
         text = replace(provenance, software=SOFTWARE).text(_index_of(original.indices))
         write_atomically(out, encode_pixels(small.numpy(), scale=scale, text=text))

@@ -178,7 +178,10 @@ def test_all_samplers_and_the_largest_values_are_parsed() -> None:
     assert (found.seed, found.num_steps, indices) == (MAX_SEED, MAX_STEPS, range(MAX_INDEX, MAX_INDEX + 1))
 
 
-@pytest.mark.parametrize("name", [name for name in CHUNKS if not name.startswith("CLIP-") and name != "Label"])
+REQUIRED = [name for name in CHUNKS if not name.startswith("CLIP-") and name not in ("Label", "Layout")]
+
+
+@pytest.mark.parametrize("name", REQUIRED)
 def test_missing_chunk_is_named(name: str) -> None:
     text = chunks()
     del text[name], text["Label"]
@@ -289,3 +292,16 @@ def test_missing_chunk_of_clip_guidance_is_named(name: str) -> None:
 def test_sheet_of_one_digit_has_no_empty_row(count: int, shape: tuple[int, int]) -> None:
     assert sheet_shape(count) == shape
     assert sheet_shape(count, num_classes=3) == (3, count)
+
+
+def test_sheet_with_a_label_for_each_image_is_parsed_and_its_images_have_their_own() -> None:
+    word = replace(PROVENANCE, labels=("L", "O", "O"), has_digits=False, one_each=True)
+    found, indices = Provenance.parse(word.text("0-2"))
+    assert (found.labels, found.one_each, indices) == (("L", "O", "O"), True, range(3))
+    assert found.shape(3) == (1, 3)
+    assert [word.text(index)["Label"] for index in range(3)] == ["L", "O", "O"]
+    assert all("Layout" not in word.text(index) for index in range(3))
+    with pytest.raises(ProvenanceError, match="chunk Label must be"):
+        Provenance.parse(word.text("0-3"))
+    with pytest.raises(ProvenanceError, match="chunk Layout must be 'rows'"):
+        Provenance.parse({**word.text("0-2"), "Layout": "columns"})

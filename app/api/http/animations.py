@@ -26,7 +26,6 @@ from app.api.http.thread_priority import lower_priority
 from app.engine.job import Frame, FrameRequest, Pixels
 from app.errors import InvalidRequest, Overloaded
 from app.tasks.images import arrange
-from model.png import sheet_shape
 
 FRAME_MS, LAST_MS = 60, 2000  # GIF stores a multiple of 10 ms
 # The largest number of pixels of all frames together. Such an animation takes up to 1.3 s of a core (WebP of 64 images
@@ -111,8 +110,8 @@ class FrameCollector:
     engine thread adds no more.
     """
 
-    def __init__(self, num_frames: int, count: int) -> None:
-        self._num_frames, self._count = num_frames, count
+    def __init__(self, num_frames: int, count: int, shape: tuple[int, int]) -> None:
+        self._num_frames, self._count, self._shape = num_frames, count, shape
         self._x_t: npt.NDArray[np.uint8] | None = None  # (frames without the last one, images, H, W) or (..., H, W, 3)
 
     def add(self, frame: Frame) -> None:
@@ -124,7 +123,7 @@ class FrameCollector:
     def sheets(self, images: list[Pixels]) -> list[Pixels]:
         """Returns the contact sheet of each frame. The last one shows `images`, the finished images."""
         earlier = [] if self._x_t is None else [list(frame) for frame in self._x_t]
-        return [arrange(frame) for frame in (*earlier, images)]
+        return [arrange(frame, self._shape) for frame in (*earlier, images)]
 
 
 def num_frames_of(num_previews: int, num_steps: int) -> int:
@@ -132,12 +131,12 @@ def num_frames_of(num_previews: int, num_steps: int) -> int:
     return max(1, min(num_previews, num_steps))
 
 
-def num_pixels_of(image_shape: tuple[int, int, int], count: int, scale: int, num_frames: int) -> int:
-    """Returns the number of pixels of all frames of an animation of images (C, H, W).
+def num_pixels_of(image_shape: tuple[int, int, int], shape: tuple[int, int], scale: int, num_frames: int) -> int:
+    """Returns the number of pixels of all frames of an animation of images (C, H, W). `shape` is that of `arrange`.
 
     Raises InvalidRequest if it is too large.
     """
-    rows, columns = sheet_shape(count)
+    rows, columns = shape
     _, height, width = image_shape
     num_pixels = rows * height * columns * width * scale**2
     if num_pixels > MAX_FRAME_PIXELS:

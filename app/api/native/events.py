@@ -49,6 +49,11 @@ class DoneEvent(BaseModel):
         description="The digit of the images. Absent if no class was assumed or it is no digit.",
         json_schema_extra=may_be_absent,
     )
+    labels: list[str] | None = Field(
+        default=None,
+        description="The name of the class of each image. Absent unless the request has `labels`.",
+        json_schema_extra=may_be_absent,
+    )
     seed: int
     evaluations: Evaluations
     timing: Timing
@@ -87,7 +92,8 @@ class UnfogEvents:
         seed, evaluations = job.request.options.seed, job.request.network_evaluations
         timing = Timing.of(job.timings)
         warning, facts = self._task.facts.get("warning"), self._task.class_facts(job.label)
-        done = DoneEvent(seed=seed, evaluations=evaluations, timing=timing, warning=warning, **facts)
+        labels = self._task.label_names or None
+        done = DoneEvent(labels=labels, seed=seed, evaluations=evaluations, timing=timing, warning=warning, **facts)
         return event_text("done", done.model_dump(exclude_none=True))
 
     def error(self, error: UnfogError, request_id: str) -> str:

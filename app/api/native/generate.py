@@ -31,7 +31,11 @@ PROMPT_NEEDS_A_SCALE: JsonDict = {
         "properties": {"clip_guidance_scale": {"exclusiveMinimum": 0}},
     },
 }
-NEEDS_A_CLASS: JsonDict = {"anyOf": [{"required": ["label"]}, {"required": ["digit"]}]}
+NEEDS_A_CLASS: JsonDict = {"anyOf": [{"required": [name]} for name in ("label", "digit", "labels")]}
+LABELS_ALONE: JsonDict = {
+    "if": {"required": ["labels"]},
+    "then": {"properties": {name: {"not": {}} for name in ("label", "digit", "count", "clip_prompt")}},
+}
 
 
 class GenerateRequest(GenerateFields):
@@ -40,7 +44,7 @@ class GenerateRequest(GenerateFields):
     On a GPU such images may differ, depending on the load.
     """
 
-    model_config = ConfigDict(json_schema_extra={"allOf": [PROMPT_NEEDS_A_SCALE, NEEDS_A_CLASS]})
+    model_config = ConfigDict(json_schema_extra={"allOf": [PROMPT_NEEDS_A_SCALE, NEEDS_A_CLASS, LABELS_ALONE]})
 
 
 def _complete(operation: Schema, offer: Offer) -> dict[str, Schema]:

@@ -131,6 +131,8 @@ def request_schema(request: type[BaseModel], offer: Offer) -> Schema:
     if "count" in fields:
         fields["count"]["maximum"] = offer.settings.largest_request
     fields["timeout_seconds"]["maximum"] = offer.settings.longest_timeout
+    if "labels" in fields:
+        fields["labels"]["maxItems"] = offer.settings.largest_request
     if "model" in fields:
         fields["model"] = {**fields["model"], "enum": offer.names}
     found = [_condition(name, each, fields, offer.names[0]) for name, each in offer.models.items()]
@@ -170,9 +172,10 @@ def _class_fields(spec: ModelSpec) -> Schema:
     """Returns the schemas of the fields that name a class of a model."""
     largest = spec.num_classes - 1
     label = {"anyOf": [{"enum": list(spec.class_names)}, {"type": "integer", "maximum": largest}]}
+    classes: Schema = {"label": label, "labels": {"items": label}}
     if not spec.has_digits:
-        return {"label": label, "digit": {"not": {}}}
-    return {"label": label, **({"digit": {"maximum": largest}} if largest < MAX_DIGIT else {})}
+        return {**classes, "digit": {"not": {}}}
+    return {**classes, **({"digit": {"maximum": largest}} if largest < MAX_DIGIT else {})}
 
 
 def _image_fields(spec: ModelSpec) -> Schema:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.checkpoint import load
 from model.compiled.compiler import compiled_step
-from model.png import encode_pixels
+from model.png import encode_pixels, sheet_shape
 from model.precision import fast_dtype
 from model.process import begin, draw
 from model.sampler import make_plan
@@ -82,4 +82,4 @@ class Painter:
 
 def sheet_of(x_0: Tensor) -> bytes:
     """Returns a contact sheet of (B, 1, H, W) in [-1, 1] as a PNG."""
-    return encode_pixels(arrange(x_0.cpu(), num_classes=1).numpy())
+    return encode_pixels(arrange(x_0.cpu(), sheet_shape(len(x_0))).numpy())

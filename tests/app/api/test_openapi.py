@@ -14,7 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from PIL import Image
 
-from app.api.native.generate import NEEDS_A_CLASS, PROMPT_NEEDS_A_SCALE
+from app.api.native.generate import LABELS_ALONE, NEEDS_A_CLASS, PROMPT_NEEDS_A_SCALE
 from app.api.native.operations import ONE_CLASS
 from app.api.operations import FILE
 from app.engine.interface import ModelInfo
@@ -99,6 +99,7 @@ def test_document_describes_the_body_and_responses_of_generate() -> None:
     assert set(fields) == {
         "label",
         "digit",
+        "labels",
         "count",
         "seed",
         "num_steps",
@@ -367,6 +368,12 @@ SHIPPED_BODIES = [
     ({"digit": 7, "clip_prompt": "a thick seven", "clip_guidance_scale": 0}, False),
     ({"digit": 7, "clip_prompt": "a thick seven", "clip_guidance_scale": 0.1}, True),
     ({"digit": 7, "clip_guidance_scale": 0.1}, True),
+    ({"labels": ["7", 1]}, True),
+    ({"labels": ["7", "eleven"]}, False),
+    ({"labels": []}, False),
+    ({"labels": [1] * 65}, False),
+    ({"labels": [7], "digit": 7}, False),
+    ({"labels": [7], "count": 1}, False),
 ]
 
 
@@ -380,6 +387,7 @@ def test_document_has_no_limits_of_a_model_without_a_readable_checkpoint(tmp_pat
     assert served["components"]["schemas"]["GenerateRequest"]["allOf"] == [
         PROMPT_NEEDS_A_SCALE,
         NEEDS_A_CLASS,
+        LABELS_ALONE,
         ONE_CLASS,
     ]
 

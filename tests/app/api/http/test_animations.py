@@ -36,7 +36,7 @@ from app.api.http.media_types import ANIMATIONS, GIF, PNG, WEBP
 from app.api.http.thread_priority import NICENESS
 from app.engine.job import Frame, Pixels
 from app.errors import InvalidRequest, Overloaded
-from model.png import Provenance
+from model.png import Provenance, sheet_shape
 from tests.app.api.examples import REQUESTS as EXAMPLES
 from tests.app.api.http.test_events import STREAMED, open_all, progress_in
 from tests.app.application import WORK, client_of, run
@@ -159,7 +159,10 @@ def test_encoded_bytes_do_not_depend_on_the_time(media_type: str, monkeypatch: p
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 4, 3)], ids=["grey", "colour"])
 def test_collector_keeps_a_copy_of_the_frames_and_nothing_else(shape: tuple[int, ...]) -> None:
-    collector, read = FrameCollector(3, 5), np.stack(random_sheets(100, *shape))  # also images of other requests
+    collector, read = (
+        FrameCollector(3, 5, sheet_shape(5)),
+        np.stack(random_sheets(100, *shape)),
+    )  # also images of other requests
     for number in (1, 0):
         for index in (4, 0, 2, 3, 1):
             collector.add(Frame(index, number, read[10 * number + index]))
@@ -200,10 +203,10 @@ def test_size_up_to_the_limits_is_permitted(
     shape: tuple[int, int, int], count: int, scale: int, num_frames: int, location: list[str] | None
 ) -> None:
     if location is None:
-        assert 0 < num_pixels_of(shape, count, scale, num_frames) <= MAX_PIXELS
+        assert 0 < num_pixels_of(shape, sheet_shape(count), scale, num_frames) <= MAX_PIXELS
         return
     with pytest.raises(InvalidRequest) as refused:
-        num_pixels_of(shape, count, scale, num_frames)
+        num_pixels_of(shape, sheet_shape(count), scale, num_frames)
     (error,) = refused.value.errors
     assert error["loc"] == location
     assert "educe" in error["msg"]
@@ -211,10 +214,10 @@ def test_size_up_to_the_limits_is_permitted(
 
 def test_recommended_number_of_previews_is_the_largest_that_is_permitted() -> None:
     with pytest.raises(InvalidRequest, match=r"Reduce previews to 79\b"):
-        num_pixels_of((1, 28, 28), 4, 8, 100)
-    num_pixels_of((1, 28, 28), 4, 8, 79)
+        num_pixels_of((1, 28, 28), sheet_shape(4), 8, 100)
+    num_pixels_of((1, 28, 28), sheet_shape(4), 8, 79)
     with pytest.raises(InvalidRequest):
-        num_pixels_of((1, 28, 28), 4, 8, 80)
+        num_pixels_of((1, 28, 28), sheet_shape(4), 8, 80)
 
 
 # Responses
@@ -400,7 +403,7 @@ class Encoding:
 
 def limit_to(monkeypatch: pytest.MonkeyPatch, num_animations: int) -> None:
     """Limits the pending pixels to this number of animations of WORK."""
-    num_pixels = num_pixels_of(INFO.image_shape, 1, 1, WORK["num_steps"])
+    num_pixels = num_pixels_of(INFO.image_shape, sheet_shape(1), 1, WORK["num_steps"])
     monkeypatch.setattr("app.api.http.animations.MAX_PENDING_PIXELS", num_animations * num_pixels)
 
 
