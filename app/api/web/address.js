@@ -13,6 +13,7 @@ const NAMES = ["label", "count", "seed", "num_steps", "sampler", "guidance_scale
 export function generateAddress(body) {
   const parameters = new URLSearchParams();
   for (const name of NAMES) if (body[name] !== undefined && body[name] !== null) parameters.set(name, body[name]);
+  if (body.labels) parameters.set("labels", body.labels.join("."));
   return `#/generate?${parameters}`;
 }
 

@@ -31,7 +31,8 @@ export function factList(chunks) {
 
 /** Returns the request for /generate that makes the image with this index again. Image i does not depend on `count`. */
 function requestOf({ body }, index) {
-  return { ...body, count: index + 1, scale: scaleFor(WIDTH, body) };
+  const { labels } = body;
+  return { ...body, ...(labels ? { labels: labels.slice(0, index + 1) } : { count: index + 1 }), scale: scaleFor(WIDTH, body) };
 }
 
 /**

@@ -183,9 +183,10 @@ async function showProvenance(chunks) {
   const { models = [], clip } = await about().catch(() => ({}));
   const made = models.find(({ sha256 }) => sha256 === chunks["Model-SHA256"]); // undefined: the address has no model
   const label = (made ?? models[0])?.labelOf(className(chunks));
-  const isGenerated = !chunks.Task && label !== undefined && /^[0-9]+$/.test(chunks.Seed);
+  const what = chunks.Layout && made?.isAlphabet ? { labels: made.spell(className(chunks)) } : { label, count: index + 1 };
+  const isGenerated = !chunks.Task && (what.labels ?? label) !== undefined && /^[0-9]+$/.test(chunks.Seed);
   const address = generateAddress({
-    label, count: index + 1, seed: chunks.Seed, num_steps: chunks.Steps,
+    ...what, seed: chunks.Seed, num_steps: chunks.Steps,
     sampler: chunks.Sampler, guidance_scale: chunks["Guidance-Scale"], model: made?.name,
     clip_guidance_scale: chunks["CLIP-Guidance-Scale"], clip_prompt: promptOf(chunks),
   });
@@ -198,6 +199,6 @@ async function showProvenance(chunks) {
     ...(note ? [element("p", { class: "hint" }, note)] : []),
     isGenerated
       ? element("button", { type: "button", click: () => { location.hash = address; } }, "Generate again")
-      : element("p", { class: "hint" }, "It was made from another picture, so its parameters alone do not reproduce it."),
+      : element("p", { class: "hint" }, chunks.Task ? "It was made from another picture, so its parameters alone do not reproduce it." : "This page cannot generate its class again."),
   );
 }

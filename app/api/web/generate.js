@@ -15,6 +15,8 @@ import { Stage } from "./stage.js";
 const SEED_HINT = "The same seed with the same settings gives the same images.";
 const STEPS_HINT = "More steps take longer and usually give better images.";
 const GUIDANCE_HINT = "A higher value makes the class clearer and the images less varied.";
+const WORD = "unfog"; // the first word
+const WORD_HINT = "All letters are generated at the same time.";
 const SAMPLER_NAMES = { ddpm: "DDPM", ddim: "DDIM", dpmpp: "DPM-Solver++" };
 
 let form;
@@ -32,7 +34,7 @@ export function start() {
   stage = new Stage(find("#generate-stage"), { open: openDetail, retry: submitAgain, extra: saveButtons });
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    if (checkCount() && checkSeed()) generate(bodyOfForm());
+    if (checkCount() && checkSeed() && checkWord()) generate(bodyOfForm());
   });
   form.seed.addEventListener("input", checkSeed);
   form.count.addEventListener("input", checkCount);
@@ -78,7 +80,11 @@ export async function open(parameters) {
   if (find("#generate").hidden) return; // the user has opened another view in the meantime
   const note = applyCheckpoint(wanted, parameters.get("checkpoint"));
   const label = modelOf(wanted).labelOf(parameters.get("label") ?? parameters.get("digit"));
-  if (label !== undefined) wanted.label = label;
+  if (modelOf(wanted).isAlphabet) {
+    const labels = labelsOf(parameters.get("labels"), modelOf(wanted)) ?? (label === undefined ? null : new Array(wanted.count ?? 1).fill(label));
+    if (labels) wanted.labels = labels;
+    delete wanted.count;
+  } else if (label !== undefined) wanted.label = label;
   const isEmpty = !Object.keys(wanted).length;
   if (isEmpty && run?.isChosen) window.history.replaceState(null, "", generateAddress(run.body));
   if (run && !note && (isEmpty || generateAddress(wanted) === generateAddress(run.body))) {
@@ -87,8 +93,15 @@ export async function open(parameters) {
   }
   fill(wanted);
   // The form rounds the guidance scale, and offers only values that the service permits. The service checks the others.
-  const isComplete = wanted.seed !== undefined && wanted.label !== undefined;
+  const isComplete = wanted.seed !== undefined && (wanted.label ?? wanted.labels) !== undefined;
   if (isComplete || !run) generate({ ...bodyOfForm(), ...wanted }, { isNew: false, isChosen: isComplete, note });
+}
+
+/** Returns the labels of a word in an address, or null if the model does not have all of them. */
+function labelsOf(text, { class_names }) {
+  if (!/^[0-9]{1,4}(\.[0-9]{1,4})*$/.test(text)) return null;
+  const labels = text.split(".").map(Number);
+  return labels.every((label) => label < class_names.length) ? labels : null;
 }
 
 /** Chooses the model with the checkpoint of a link, whatever its name is. Returns a note if there is none. */
@@ -129,15 +142,41 @@ const guidanceText = (scale) => {
 
 /** Offers the classes of the model. The chosen class stays if the model has the same ones. */
 function applyClasses() {
-  const { class_names, hasKeys, isDigits, first } = model();
+  const { class_names, hasKeys, isDigits, isAlphabet, first } = model();
   if (classes === String(class_names)) return;
   classes = String(class_names);
   const root = find("#label-keys");
-  root.className = isDigits ? "keypad" : "keypad words";
+  root.className = isAlphabet ? "" : isDigits ? "keypad" : "keypad words";
   root.style.setProperty("--longest", Math.max(...class_names.map((name) => name.length)));
+  form.count.parentNode.hidden = isAlphabet;
+  if (isAlphabet) {
+    root.replaceChildren(wordField());
+    return;
+  }
   const list = element("select", { name: "label", "aria-label": "Class" });
   showClasses(list, model());
   root.replaceChildren(...(hasKeys ? class_names.map((name, label) => choice("label", label, name, label === first)) : [list]));
+}
+
+const firstWord = (alphabet) => alphabet.nameOf({ labels: alphabet.spell(WORD).includes(-1) ? [0, 1, 2] : alphabet.spell(WORD) });
+
+/** Returns the field for the word whose letters are generated. */
+function wordField() {
+  const input = element("input", { name: "word", type: "text", value: firstWord(model()), autocomplete: "off", spellcheck: false, "aria-label": "Word", "aria-describedby": "word-hint", input: checkWord });
+  return element("div", { class: "field" }, input, element("p", { id: "word-hint", class: "hint" }, WORD_HINT));
+}
+
+/** Returns true if the model can write the word, or writes none. Otherwise says what is wrong. */
+function checkWord() {
+  if (!form.word) return true;
+  const labels = model().spell(form.word.value);
+  const unknown = [...form.word.value.replace(/\s/g, "")][labels.indexOf(-1)];
+  const problem = !labels.length ? "Write a word." : unknown ? `The model has no “${unknown}”.` : labels.length > limits.count ? `Write at most ${limits.count} letters.` : "";
+  form.word.setAttribute("aria-invalid", problem !== "");
+  find("#word-hint").classList.toggle("error", problem !== "");
+  find("#word-hint").textContent = problem || WORD_HINT;
+  if (problem) announce(problem);
+  return !problem;
 }
 
 /** Offers what the model permits, and sets the fields that the user has not set to its defaults. */
@@ -186,8 +225,9 @@ function fill(body) {
   if (body.sampler && model().samplers.includes(body.sampler)) form.sampler.value = body.sampler;
   applyModel();
   for (const name of ["label", "count", "num_steps", "guidance_scale"]) {
-    if (body[name] !== undefined && !form[name].disabled) form[name].value = body[name];
+    if (body[name] !== undefined && form[name] && !form[name].disabled) form[name].value = body[name];
   }
+  if (body.labels && form.word) form.word.value = model().nameOf(body);
   form.clip_guidance_scale.value = body.clip_guidance_scale ?? 0; // an address without CLIP guidance turns it off
   form.clip_prompt.value = body.clip_prompt ?? "";
   for (const input of [form.num_steps, form.guidance_scale, form.clip_guidance_scale]) input.dispatchEvent(new Event("input"));
@@ -197,8 +237,7 @@ function fill(body) {
 
 function bodyOfForm() {
   const body = {
-    label: Number(form.label.value),
-    count: Number(form.count.value),
+    ...(form.word ? { labels: model().spell(form.word.value) } : { label: Number(form.label.value), count: Number(form.count.value) }),
     num_steps: Number(form.num_steps.value),
     sampler: form.sampler.value,
     guidance_scale: Number(form.guidance_scale.value),

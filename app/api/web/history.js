@@ -22,7 +22,7 @@ const write = (entries) => save("localStorage", NAME, JSON.stringify(entries));
 
 export function remember(run) {
   const address = generateAddress(run.body);
-  const entry = { address, png: run.images[0], text: `${modelOf(run.body).title(run.body.label)}, ${plural(run.count, "image")}, seed ${run.body.seed}` };
+  const entry = { address, png: run.images[0], text: `${modelOf(run.body).nameOf(run.body)}, ${plural(run.count, "image")}, seed ${run.body.seed}` };
   write([entry, ...read().filter((each) => each.address !== address)].slice(0, MOST));
   show();
 }

@@ -16,6 +16,7 @@ class Model {
     this.isDigits = String(facts.class_names) === "0,1,2,3,4,5,6,7,8,9";
     this.hasKeys = facts.num_classes <= MOST_KEYS && facts.class_names.every((name) => name.length <= LONGEST_KEY);
     this.first = this.isDigits ? 7 : 0; // the label at first
+    this.isAlphabet = !this.isDigits && facts.class_names.every((name) => [...name].length === 1); // the user writes a word
     this.noun = this.isDigits ? "digit" : "class";
     this.thing = this.isDigits ? "a digit" : "an image";
   }
@@ -28,6 +29,17 @@ class Model {
 
   title(label) {
     return this.isDigits ? `Digit ${label}` : this.class_names[label];
+  }
+
+  /** Returns the label of each character of a word. It is -1 for one that the model cannot write. */
+  spell(word) {
+    const find = (character) => this.class_names.indexOf(character);
+    return [...word.replace(/\s/g, "")].map((each) => [each, each.toUpperCase(), each.toLowerCase()].map(find).find((label) => label >= 0) ?? -1);
+  }
+
+  /** Returns the name of the class of a request, or its word. */
+  nameOf({ label, labels }) {
+    return labels ? labels.map((each) => this.class_names[each]).join("") : this.title(label);
   }
 
   isLike(other) {
@@ -101,7 +113,7 @@ export function showClasses(select, { class_names, first }, any = null) {
 /** Returns the class in the text chunks of an image. A name can be a JSON string. */
 export function className({ Digit, Label = Digit }) {
   try {
-    return /^["[]/.test(Label) ? String(JSON.parse(Label)) : Label;
+    return /^["[]/.test(Label) ? [JSON.parse(Label)].flat().join(" ") : Label;
   } catch {
     return Label;
   }

@@ -5,11 +5,14 @@ import { INTERRUPTED, ServiceError, stream } from "./service.js";
 // The previews of four images have 7 kB a step, which is much for a slow network.
 const PREVIEWS = /[23]g/.test(navigator.connection?.effectiveType) ? 10 : 100;
 
+const WORD_COLUMNS = 16; // images in a row of a word, as in a sheet of the service
+
 export class Run extends EventTarget {
   /** `path` is a route such as "generate", `body` its request, and `query` chooses what the stream contains. */
   constructor(path, body, query = `previews=${PREVIEWS}&include=x_t`) {
     super();
-    Object.assign(this, { path, body, query, count: body.count ?? 1 });
+    Object.assign(this, { path, body, query, count: body.labels?.length ?? body.count ?? 1 });
+    this.columns = body.labels ? Math.min(this.count, WORD_COLUMNS) : Math.ceil(Math.sqrt(this.count));
     this.state = "sent"; // sent, queued, running, done, failed or cancelled
     this.frames = []; // {step, of, x0, xt}: base64 PNG files of all images
     this.images = new Array(this.count).fill(null); // base64 PNG files of the finished images

@@ -16,19 +16,18 @@ const DIGEST_LENGTH = 12; // characters of the digest of a checkpoint in a link
 
 /** Returns the name of the files of a run, without the ending. */
 export const nameOf = ({ path, body }) =>
-  `${path === "generate" ? `${modelOf(body).noun}-${body.label}` : path}-seed-${body.seed}`;
+  `${path !== "generate" ? path : body.labels ? modelOf(body).nameOf(body).replace(/\W/g, "-") : `${modelOf(body).noun}-${body.label}`}-seed-${body.seed}`;
 
-const columnsOf = (run) => Math.ceil(Math.sqrt(run.count));
-const rowsOf = (run) => Math.ceil(run.count / columnsOf(run));
+const rowsOf = (run) => Math.ceil(run.count / run.columns);
 /** Returns the factor by which images are enlarged so that `columns` of them are about as wide as `width`. */
 export const scaleFor = (width, body, columns = 1) =>
   Math.max(1, Math.min(MAX_SCALE, Math.floor(width / (modelOf(body).width * columns))));
 
 /** Generates the images of a run again and saves them in another format: gif, webp or zip. Throws a ServiceError. */
 export async function saveAs(run, type) {
-  const [kind, scale] = type === "zip" ? ["application", 1] : ["image", scaleFor(ANIMATION_WIDTH, run.body, columnsOf(run))];
+  const [kind, scale] = type === "zip" ? ["application", 1] : ["image", scaleFor(ANIMATION_WIDTH, run.body, run.columns)];
   const { width, height } = modelOf(run.body);
-  const pixels = rowsOf(run) * columnsOf(run) * width * height * scale ** 2;
+  const pixels = rowsOf(run) * run.columns * width * height * scale ** 2;
   const frames = Math.max(1, Math.min(FRAMES, Math.floor(MAX_PIXELS / pixels)));
   const answer = await call(`${run.path}?previews=${frames}`, { body: { ...run.body, scale }, accept: `${kind}/${type}` });
   const file = await answer.blob().catch(() => {
@@ -40,17 +39,17 @@ export async function saveAs(run, type) {
 /** Saves all images in one PNG file with a caption and with the text chunks of the images. */
 export async function saveSheet(run) {
   const bitmaps = await Promise.all(run.images.map((png) => createImageBitmap(new Blob([bytesOf(png)]))));
-  const scale = scaleFor(SHEET_WIDTH, run.body, columnsOf(run));
+  const scale = scaleFor(SHEET_WIDTH, run.body, run.columns);
   const [width, height] = [scale * bitmaps[0].width, scale * bitmaps[0].height];
   const rows = rowsOf(run);
-  const canvas = element("canvas", { width: columnsOf(run) * width, height: rows * height + CAPTION.height });
+  const canvas = element("canvas", { width: run.columns * width, height: rows * height + CAPTION.height });
   const context = canvas.getContext("2d");
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.imageSmoothingEnabled = false;
   bitmaps.forEach((bitmap, place) => {
-    context.drawImage(bitmap, (place % columnsOf(run)) * width, Math.floor(place / columnsOf(run)) * height, width, height);
+    context.drawImage(bitmap, (place % run.columns) * width, Math.floor(place / run.columns) * height, width, height);
   });
-  const chunks = textChunks(bytesOf(run.images[0]));
+  const chunks = { ...textChunks(bytesOf(run.images[0])), ...(run.body.labels ? wordChunks(run) : {}) };
   context.fillStyle = "#fff";
   context.font = `${CAPTION.size}px system-ui, sans-serif`;
   captionOf(chunks).forEach((text, place) => {
@@ -61,6 +60,9 @@ export async function saveSheet(run) {
   if (run.count > 1) chunks.Index = `0-${run.count - 1}`;
   download(`${nameOf(run)}.png`, withText(bytes, chunks));
 }
+
+/** Returns the text chunks of a word. An image has those of its own class. */
+const wordChunks = ({ body }) => ({ Label: JSON.stringify(body.labels.map((label) => modelOf(body).class_names[label])), Layout: "rows" });
 
 function captionOf(chunks) {
   const guidance = Number(chunks["Guidance-Scale"]) === 1 ? "" : `, guidance ${chunks["Guidance-Scale"]}`;

@@ -42,8 +42,7 @@ export class Stage {
   }
 
   build() {
-    const { count } = this.run;
-    const columns = Math.ceil(Math.sqrt(count));
+    const { count, columns } = this.run;
     const pane = (name, text, open) => {
       const images = Array.from({ length: count }, (_, index) => {
         const image = element("img", { alt: "" });
@@ -81,7 +80,8 @@ export class Stage {
   /** Returns the name of an image for screen readers. */
   nameOf(index) {
     const { body, count } = this.run;
-    return `${body.label === undefined ? "" : `${modelOf(body).title(body.label)}, `}image ${index + 1} of ${count}`;
+    const label = body.labels?.[index] ?? body.label;
+    return `${label === undefined ? "" : `${modelOf(body).title(label)}, `}image ${index + 1} of ${count}`;
   }
 
   /** Updates the page before the next frame of the display, so that many events cost one update. */
