@@ -15,7 +15,7 @@ import { Stage } from "./stage.js";
 const SEED_HINT = "The same seed with the same settings gives the same images.";
 const STEPS_HINT = "More steps take longer and usually give better images.";
 const GUIDANCE_HINT = "A higher value makes the class clearer and the images less varied.";
-const WORD = "unfog"; // the first word
+const WORD = "unfog";
 const WORD_HINT = "All letters are generated at the same time.";
 const SAMPLER_NAMES = { ddpm: "DDPM", ddim: "DDIM", dpmpp: "DPM-Solver++" };
 
@@ -166,7 +166,7 @@ function wordField() {
   return element("div", { class: "field" }, input, element("p", { id: "word-hint", class: "hint" }, WORD_HINT));
 }
 
-/** Returns true if the model can write the word, or writes none. Otherwise says what is wrong. */
+/** Returns true if the model can write the word. Otherwise says what is wrong. */
 function checkWord() {
   if (!form.word) return true;
   const labels = model().spell(form.word.value);

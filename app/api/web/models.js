@@ -88,7 +88,8 @@ export function choose(name) {
   find("#model").value = name;
   document.body.classList.toggle("smooth", chosen.width > SMOOTH);
   for (const each of document.querySelectorAll("[data-words]")) {
-    each.textContent = each.dataset.words.split("|")[chosen.isDigits ? 0 : 1];
+    const [ofDigits, ofOthers, ofLetters = ofOthers] = each.dataset.words.split("|");
+    each.textContent = chosen.isDigits ? ofDigits : chosen.isAlphabet ? ofLetters : ofOthers;
   }
   if (!isFirst) changes.dispatchEvent(new Event("change"));
 }

@@ -61,7 +61,7 @@ export async function saveSheet(run) {
   download(`${nameOf(run)}.png`, withText(bytes, chunks));
 }
 
-/** Returns the text chunks of a word. An image has those of its own class. */
+/** Returns the text chunks of a word. */
 const wordChunks = ({ body }) => ({ Label: JSON.stringify(body.labels.map((label) => modelOf(body).class_names[label])), Layout: "rows" });
 
 function captionOf(chunks) {

@@ -7,6 +7,8 @@ import { modelOf } from "./models.js";
 const FRAMES_PER_SECOND = 25; // of the playback
 const CALM_MILLISECONDS = 1000; // time between two updates of the text if the user prefers reduced motion
 
+const LONG_ROW = 5; // images; longer rows fill the width
+
 const NOISY = "x_t: the noisy image";
 const HOW = "Move the slider to see each step.";
 const PREDICTED = "predicted x_0: the expected clean image";
@@ -67,7 +69,7 @@ export class Stage {
     this.at = element("output", { "aria-live": "off" });
     this.scrubber = element("div", { class: "scrubber", hidden: true }, this.play, this.slider, this.at);
     this.footer = element("div", { class: "run-line" });
-    this.panesRow = element("div", { class: "panes" }, this.panes.xt.figure, this.panes.x0.figure);
+    this.panesRow = element("div", { class: `panes${this.run.columns > LONG_ROW ? " long" : ""}` }, this.panes.xt.figure, this.panes.x0.figure);
     this.explanation = element("div", { class: "explanation" });
     this.problem = element("div");
     this.root.replaceChildren(

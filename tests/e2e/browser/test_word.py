@@ -45,6 +45,7 @@ def test_word_is_sent_in_one_request_and_its_letters_are_in_one_row(alphabet: Se
     page = open_page(alphabet, FIRST_VISIT)
     wait_until_finished(page)
     assert len(predictions(page)) == len("UNFOG")  # the first word
+    expect(page.get_by_role("heading", level=1)).to_have_text("Generate a word")
     sent = requests_to(page, "/generate")
     page.get_by_role("textbox", name="Word").fill("Anna")
     page.locator("#generate-button").click()
@@ -65,6 +66,16 @@ def test_link_to_a_word_generates_it_again(alphabet: Service, open_page: Open) -
     expect(page.get_by_role("textbox", name="Word")).to_have_value("ANNA")
     page.locator("#generate-stage button.tile").nth(2).click()
     expect(page.locator("#detail .facts")).to_contain_text("ClassN")
+
+
+def test_panes_of_a_long_word_are_one_below_the_other(alphabet: Service, open_page: Open) -> None:
+    for labels, is_long in (("0.1.2.3.4", False), ("0.1.2.3.4.5", True)):
+        page = open_page(alphabet, ADDRESS.replace("0.13.13.0", labels))
+        wait_until_finished(page)
+        page.locator("#generate-stage input[type=range]").press("Home")
+        noisy, clean = (page.locator("#generate-stage figure").nth(place).bounding_box() for place in (0, 1))
+        assert noisy and clean
+        assert (clean["y"] > noisy["y"]) is is_long
 
 
 def test_link_to_one_letter_repeats_it(alphabet: Service, open_page: Open) -> None:
