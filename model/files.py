@@ -20,8 +20,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
             Path(file.name).chmod(0o644)
             Path(file.name).replace(path)
-        except BaseException:
+        except BaseException as error:
             Path(file.name).unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno and not error.filename:  # such as that of a full disk
+                raise OSError(error.errno, error.strerror, str(path)) from error
             raise
 
 

@@ -1,3 +1,5 @@
+import errno
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -50,3 +52,12 @@ def test_write_creates_missing_folders_and_a_world_readable_file(tmp_path: Path)
     write_atomically(path, b"content")
     assert path.read_bytes() == b"content"
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_full_disk_names_the_file_and_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OSError, match=f"No space left: '{path}'"):
+        write_atomically(path, b"new")
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("file", b"old")]

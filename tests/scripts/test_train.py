@@ -1,4 +1,5 @@
 import csv
+import errno
 import os
 import signal
 import subprocess
@@ -228,6 +229,31 @@ def test_time_limit_stops_within_an_epoch_after_the_first_and_the_run_resumes(
     assert f"time limit: stopped in epoch {epoch + 1}" in capsys.readouterr().out
     train.main(arguments(data_folder, "cosine", out))
     assert f"resuming from epoch {epoch}" in capsys.readouterr().out
+    assert differences(out, complete_runs["cosine"]) == []
+
+
+def test_full_disk_leaves_the_last_state_and_the_run_resumes(
+    data_folder: Path,
+    complete_runs: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each epoch writes four files. The disk is full when the second epoch writes its checkpoint."""
+    out, sync, calls = data_folder / "full", os.fsync, iter(range(1000))
+
+    def fail_later(descriptor: int) -> None:
+        if next(calls) >= 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail_later)
+        with pytest.raises(SystemExit):
+            train.main(arguments(data_folder, "cosine", out))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"train: [Errno 28] No space left on device: '{out / 'model.safetensors'}'"
+    assert checkpoint.load(out / "model.safetensors").config.training["epochs"] == 1
+    train.main(arguments(data_folder, "cosine", out))
     assert differences(out, complete_runs["cosine"]) == []
 
 
