@@ -1,10 +1,10 @@
-"""Draws the letters A to Z in many fonts, as a file to try `scripts.train --data` with.
+"""Draws the letters A to Z in many fonts, as an .npz file to try `scripts.train --data` with.
 
 Install: pip install numpy pillow && npm install --prefix examples/fonts
 Run:     python examples/draw_letters.py examples/fonts letters.npz
 
-Each picture has 28 x 28 grey pixels: a white letter on black, as the digits of MNIST. Its font is one of those in the
-folder, and it is tilted, bent and thickened at random. The same fonts and the same seed draw the same pictures.
+Each picture has 28 x 28 grey pixels: a white letter on black, like the digits of MNIST. Font, rotation, bending and
+thickness are random. The same fonts and the same seed draw the same pictures.
 """
 
 import argparse
@@ -24,12 +24,12 @@ LETTERS = string.ascii_uppercase
 SIDE, FINE = 28, 6  # pixels of a picture; it is drawn FINE times as large, and then reduced
 CANVAS = SIDE * FINE
 CELLS = 8  # a letter is bent in CELLS x CELLS pieces
-FONT_FILES = "*-latin-[2-9]00-normal.woff"  # the files of Fontsource; other files are .ttf and .otf
+FONT_FILES = "*-latin-[2-9]00-normal.woff"  # of Fontsource; fonts of other sources are .ttf or .otf files
 Point = tuple[float, float]
 
 
 class Bend:
-    """Says where each point of a picture comes from: a random rotation, slant, stretching and two waves."""
+    """A random distortion: rotation, slant, stretching and two waves."""
 
     def __init__(self, choose: random.Random) -> None:
         self._angle, self._slant = math.radians(choose.gauss(0, 5)), choose.gauss(0, 0.1)
@@ -37,7 +37,7 @@ class Bend:
         self._waves = [(choose.gauss(0, 0.04), choose.uniform(1.5, 3.5), choose.uniform(0, math.tau)) for _ in range(2)]
 
     def source_of(self, x: float, y: float) -> Point:
-        """Takes and returns coordinates from -1 to 1."""
+        """Returns the point of the undistorted picture that is shown at (x, y). Coordinates are from -1 to 1."""
         (size, speed, start), (other_size, other_speed, other_start) = self._waves
         x, y = x + size * math.sin(speed * y + start), y + other_size * math.sin(other_speed * x + other_start)
         cos, sin = math.cos(self._angle), math.sin(self._angle)
@@ -46,7 +46,10 @@ class Bend:
 
 
 def draw(letter: str, fonts: list[list[Path]], seed: str) -> np.ndarray:
-    """Returns a picture (28, 28) of the letter in a random font, of which each list has the files of its weights."""
+    """Returns a picture (28, 28) of the letter in a random font and weight.
+
+    Each list of `fonts` has the files of one family.
+    """
     choose = random.Random(seed)
     font = opened(choose.choice(choose.choice(fonts)), CANVAS // 2)
     stroke = max(0, round(choose.gauss(0, 0.2) * FINE))  # widens the lines of the letter
@@ -86,19 +89,33 @@ def mesh(bend: Bend, side: int) -> list[tuple[tuple[int, ...], tuple[float, ...]
 
 
 def fonts_in(folder: Path) -> list[list[Path]]:
-    """Returns the font files of a folder, in one list for each family."""
+    """Returns the font files of a folder, in one list for each family. Exits if a font does not have all letters."""
     families = defaultdict(list)
     for path in sorted(path for pattern in (FONT_FILES, "*.ttf", "*.otf") for path in folder.rglob(pattern)):
         families[path.name.split("-latin-")[0]].append(path)
+    for path in [path for files in families.values() for path in files]:
+        try:
+            missing = [letter for letter in LETTERS if not opened(path, CANVAS // 2).getmask(letter).getbbox()]
+        except OSError as error:
+            sys.exit(f"draw_letters: {path} cannot be read: {error}. Remove it")
+        if missing:
+            sys.exit(f"draw_letters: {path} has no {missing[0]}. Remove it")
     return list(families.values())
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(number)
+    return number
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("fonts", type=Path, help="folder with font files, which can be in its subfolders")
+    parser.add_argument("fonts", type=Path, help="folder that is searched for font files, with its subfolders")
     parser.add_argument("out", type=Path, help="the .npz file to write")
-    parser.add_argument("--count", type=int, default=2000, help="training pictures of each letter; default: 2000")
-    parser.add_argument("--test-count", type=int, default=385, help="test pictures of each letter; default: 385")
+    parser.add_argument("--count", type=positive, default=2000, help="training pictures of each letter; default: 2000")
+    parser.add_argument("--test-count", type=positive, default=385, help="test pictures of each letter; default: 385")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     fonts = fonts_in(args.fonts)

@@ -29,8 +29,8 @@ MAX_SEED = 2**53 - 1  # the largest integer that a JSON parser with double preci
 MAX_INDEX = 999_999
 MAX_SCALE = 16  # the largest factor by which images of this project are enlarged
 MAX_STEPS = 9999
-MOST_COLUMNS = 16  # of a sheet of images that have a label each
-LAYOUT = "Layout"  # the text chunk of such a sheet
+MOST_COLUMNS = 16  # in a sheet whose images each have their own class
+LAYOUT = "Layout"  # the text chunk that marks such a sheet
 
 # The length of each number is limited, because the conversion of long numbers is slow.
 _FORMS = {  # name of a chunk -> pattern of its value, and description for errors
@@ -108,14 +108,14 @@ class Provenance:
     first_index: int = 0  # index of the first image of a request
     clip: ClipProvenance | None = None  # None: no CLIP guidance
     has_digits: bool = True  # True if the classes of the model are digits
-    one_each: bool = False  # True if `labels` has the name of the class of each image, with repetitions
+    one_each: bool = False  # True if `labels` has one name for each image, False if it has one for each class
 
     @classmethod
     def parse(cls, text: Mapping[str, str]) -> tuple[Self, range]:
         """Returns the provenance of a picture, and the indices of its images, from its text chunks.
 
         A contact sheet of n images has the indices 0 to n - 1. A sheet of several classes has these indices for each
-        class, unless it has the chunk Layout: then the names are those of its images. Raises ProvenanceError for a
+        class. With the chunk Layout, `Label` names the class of each image instead. Raises ProvenanceError for a
         picture of a task other than generation and for missing or malformed chunks.
         """
         if TASK in text:
@@ -144,6 +144,7 @@ class Provenance:
         )
         indices = range(provenance.first_index, int(last or first) + 1)
         is_valid = {
+            "Index": not (one_each and provenance.first_index),
             named: len(labels) == len(indices) if one_each else len(set(labels)) == len(labels),
             "Seed": provenance.seed <= MAX_SEED,
             "Guidance-Scale": 1 <= provenance.guidance_scale <= MAX_GUIDANCE_SCALE,
@@ -156,7 +157,7 @@ class Provenance:
         return provenance, indices
 
     def of_image(self, index: int) -> Self:
-        """Returns the provenance of one image. It differs if the images have a label each."""
+        """Returns the provenance of one image, which has only the class of this image."""
         if not self.one_each:
             return self
         return replace(self, labels=(self.labels[index - self.first_index],), one_each=False)
@@ -243,7 +244,7 @@ def sheet_shape(count: int, num_classes: int = 1) -> tuple[int, int]:
 
 
 def rows_shape(count: int) -> tuple[int, int]:
-    """Returns the numbers of rows and columns of a sheet of images in the order of a text."""
+    """Returns the numbers of rows and columns of a sheet that is read like text: row by row."""
     return math.ceil(count / MOST_COLUMNS), min(count, MOST_COLUMNS)
 
 

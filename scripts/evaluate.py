@@ -1,7 +1,7 @@
 """Evaluates generated digits: `python -m scripts.evaluate digits --out evaluation/`.
 
 digits      recognition accuracy, Fréchet distance, precision, recall, coverage, share of memorised digits
-pictures    the same for a model of your own pictures, with classifiers that it trains on them
+pictures    the same for a model of your own pictures, with classifiers trained on these pictures
 fog         recognition of real digits at each noise level
 recognize   recognition of real digits by the diffusion model, and rejection of other images
 handwriting recognition of a fixed set of handwriting that is not from MNIST, and rejection of letters
@@ -198,7 +198,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="|".join(PACKAGES), dest="command")
     digits = commands.add_parser("digits", help="evaluate generated digits; write a table, JSON and plots")
     _add_digits(digits)
-    _add_pictures(commands.add_parser("pictures", help="evaluate a model of your own pictures, as digits"))
+    _add_pictures(commands.add_parser("pictures", help="the metrics of digits, for a model of your own pictures"))
     fog = commands.add_parser("fog", help="recognition of real digits at each noise level")
     fog.add_argument(
         "--checkpoint",
@@ -309,14 +309,14 @@ def _add_pictures(pictures: argparse.ArgumentParser) -> None:
     pictures.add_argument(
         "--num-images",
         type=integer(1, MOST_IMAGES),
-        help="number of images, rounded down to equally many of each class, at most as many as training images; "
-        f"default: {NUM_IMAGES}",
+        help="number of images, reduced to equally many of each class, and to at most the number of training images of "
+        f"the smallest class; default: {NUM_IMAGES}",
     )
     for kind in ("judge", "extractor"):
         pictures.add_argument(
             f"--{kind}",
             type=Path,
-            help=f"weights of the {kind}, from scripts.train_classifiers; default: trains it on --data, once",
+            help=f"weights of the {kind}, from scripts.train_classifiers; default: train it on --data and cache it",
         )
     pictures.add_argument("--flip", action="store_true", help="mirror half of the images when the classifiers train")
     add_drawing_arguments(pictures, seed=0)

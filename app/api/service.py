@@ -193,8 +193,6 @@ class Service:
         """Raises the errors of `submit`, except Overloaded and those of a change of the state after the call."""
         limit = self.settings.largest_request
         if task.job.count > limit:
-            if task.one_each:
-                raise FieldError("labels", f"List should have at most {limit} items")
             raise FieldError("count", f"Input should be less than or equal to {limit}")
         self._check_timeout(task.job.timeout)
         if not task.job.clip:  # A request that has waited for CLIP is also admitted during a drain.

@@ -64,12 +64,12 @@ def generate_each(info: ModelInfo, fields: SamplingFields, images: Sequence[Imag
 
 
 def _one_of_each(info: ModelInfo, fields: GenerateFields, labels: Sequence[str | int]) -> Task:
-    """Returns the task that generates one image for each label. Raises FieldError as `generate`."""
+    """Returns the task of a request with `labels`. Raises FieldError like `generate`."""
     for name in ("label", "digit", "count"):
         if name in fields.model_fields_set:
-            raise FieldError(name, "Send either labels or label, digit and count")
+            raise FieldError(name, "This field cannot be combined with labels, which names the class of each image")
     if fields.clip_guidance_scale or fields.clip_prompt is not None:
-        raise FieldError("labels", "CLIP guidance has one prompt for all images. Send label instead of labels")
+        raise FieldError("labels", "CLIP guidance has one prompt for all images. Use label instead of labels")
     images = [ImageKey(number_of(info, label, "labels"), fields.seed, i) for i, label in enumerate(labels)]
     task = _task_of(info, fields, options_of(fields, images[0].label, info), images)
     return replace(task, one_each=True)

@@ -24,6 +24,7 @@ MAX_CHUNKS = 20_000  # chunks of a PNG or WebP file, and segments of a JPEG file
 MAX_BLOCKS = 100_000  # data blocks of a GIF file; most encoders write 255 bytes in a block
 MAX_SCANS = 64  # scans of a JPEG file; each scan can need a pass over the whole picture
 MAX_TEXT_BYTES = 3000  # of a text chunk that is read
+MAX_LABEL_BYTES = 80_000  # of the chunk Label: the names of 64 images, with 100 characters of 12 bytes each in JSON
 MAX_KEYWORD_BYTES = 79  # of a text chunk (W3C PNG, section 11.3.3.2)
 
 AS_WRITTEN = "Send the PNG file as the service wrote it"
@@ -84,8 +85,8 @@ def read_text(data: bytes, names: Collection[str]) -> dict[str, str]:
         keyword = data[start : min(end, start + MAX_KEYWORD_BYTES + 1)].partition(b"\0")[0].decode("latin-1")
         if keyword not in names:
             continue
-        if length > MAX_TEXT_BYTES:
-            raise PictureError(f"The text chunk {keyword} has more than {MAX_TEXT_BYTES} bytes. {AS_WRITTEN}")
+        if length > (most := MAX_LABEL_BYTES if keyword == "Label" else MAX_TEXT_BYTES):
+            raise PictureError(f"The text chunk {keyword} has more than {most} bytes. {AS_WRITTEN}")
         if keyword in found:
             raise PictureError(f"The text chunk {keyword} occurs more than once. {AS_WRITTEN}")
         if zlib.crc32(memoryview(data)[start - 4 : end]) != unpack_from(">I", data, end)[0]:

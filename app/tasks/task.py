@@ -29,9 +29,9 @@ class Task:
         return self.job.options
 
     def class_facts(self, label: int | None) -> dict[str, Any]:
-        """Returns the facts about the class of the finished job: its name, and the digit if the classes are digits.
+        """Returns the name of the class of the finished job, and the digit if the classes are digits.
 
-        They are None if the images have different classes.
+        Both are None if the images have different classes.
         """
         if self.one_each and len({image.label for image in self.job.images}) > 1:
             label = None

@@ -36,6 +36,11 @@ class Panel:
     title: str = ""
 
 
+def plain(text: str) -> str:
+    """Returns the text so that matplotlib draws a dollar sign instead of a formula."""
+    return text.replace("$", r"\$")
+
+
 def new_figure(width: int, height: int) -> "Figure":
     """Returns an empty white figure. The size is in pixels."""
     figure: Figure = require("matplotlib.figure").Figure(figsize=(width / DPI, height / DPI), dpi=DPI)

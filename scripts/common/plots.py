@@ -19,7 +19,7 @@ from model.pixels import from_pixels
 from model.schedule import Schedule
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError
-from scripts.common.figures import Panel, draw_panels, finish_curves, new_figure, save_figure
+from scripts.common.figures import Panel, draw_panels, finish_curves, new_figure, plain, save_figure
 from scripts.common.mnist import load_mnist
 from scripts.common.pictures import grid, save_grid
 from scripts.common.progress import Reporter, require
@@ -81,8 +81,8 @@ def show_losses(losses: dict[str, Losses]) -> "Figure":
     for i, (name, columns) in enumerate(losses.items()):
         epoch = columns["epoch"]
         marker = "." if len(epoch) < 3 else None
-        axes.plot(epoch, columns["train_loss"], f"C{i}--", marker=marker, linewidth=1, label=f"{name}, training")
-        axes.plot(epoch, columns["validation_loss"], f"C{i}-", marker=marker, label=f"{name}, validation")
+        axes.plot(epoch, columns["train_loss"], f"C{i}--", marker=marker, linewidth=1, label=f"{plain(name)}, training")
+        axes.plot(epoch, columns["validation_loss"], f"C{i}-", marker=marker, label=f"{plain(name)}, validation")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")

@@ -34,9 +34,10 @@ RECIPES = {
     "extractor": {"augmented": False, "epochs": 20, "seed": 1},
     "fog_judge": {"augmented": True, "fogged": True, "epochs": 20, "seed": 2},
 }
-# Data other than MNIST: the number of images to see decides about the epochs, and few images need small batches.
+# For data other than MNIST: epochs are chosen so that training uses about IMAGES_TO_SEE images, and the batch size so
+# that an epoch has about NUM_BATCHES batches.
 IMAGES_TO_SEE, FEWEST_EPOCHS, MOST_EPOCHS = 150_000, 6, 60
-NUM_BATCHES, SMALLEST_BATCH = 50, 16  # in an epoch
+NUM_BATCHES, SMALLEST_BATCH = 50, 16
 
 
 def all_of_mnist(data_dir: Path) -> DataSet:
@@ -45,7 +46,7 @@ def all_of_mnist(data_dir: Path) -> DataSet:
 
 
 def recipe_for(kind: str, data: DataSet, **overrides: int | bool | None) -> dict[str, Any]:
-    """Returns the recipe of a classifier for the data: that of RECIPES for MNIST, and otherwise one that fits."""
+    """Returns the recipe of RECIPES, with epochs and batch size chosen for the data unless it is MNIST."""
     recipe = dict(RECIPES[kind])
     if data.known_as != TRAINING_DATA:
         num_images = len(data.learn)

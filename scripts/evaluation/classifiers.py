@@ -7,6 +7,7 @@ measures up to which noise level a digit can be recognised. The weights that shi
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +19,15 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from model.files import write_atomically
+from model.spec import DIGITS
+from scripts.common.data.source import MAX_CLASSES
 from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES
 
 WEIGHTS = Path(__file__).parent / "weights"
 METADATA_KEY = "unfog_classifier"
 BATCH_SIZE = 500
+MOST_CHANNELS = 512  # of a layer, and pixels of a side
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +167,18 @@ def load_classifier(kind: str, path: Path | None = None) -> Trained:
             facts = json.loads((file.metadata() or {})[METADATA_KEY])
             if facts.pop("kind") != kind:
                 raise KeyError(kind)
-            network = KINDS[kind](_shape(facts.pop("shape", None)))
+            shape = _shape(facts.pop("shape", None))
+            names = facts.get("class_names", DIGITS)
+            if len(names) != shape.num_classes or not all(isinstance(name, str) for name in names):
+                raise ValueError(names)
+            network = KINDS[kind](shape)
             network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
-        float(facts["test_accuracy"])
+        if not math.isfinite(float(facts["test_accuracy"])):
+            raise ValueError(facts["test_accuracy"])
     except OSError as error:
         raise ScriptError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        message = f"{path} is not a {kind}. Train one with python -m scripts.train_classifiers {kind}"
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        message = f"{path} is not a {kind}. Train one with python -m scripts.train_classifiers {kind} --out {path}"
         raise ScriptError(message) from error
     return Trained(network.eval().requires_grad_(False), facts, sha256)
 
@@ -178,4 +187,7 @@ def _shape(values: dict[str, Any] | None) -> Shape:
     if values is None:
         return DIGITS_SHAPE
     channels, height, width = (int(each) for each in values["image"])
-    return Shape((channels, height, width), int(values["num_classes"]), int(values["width"]))
+    shape = Shape((channels, height, width), int(values["num_classes"]), int(values["width"]))
+    if max(channels, height, width, shape.width) > MOST_CHANNELS or shape.num_classes > MAX_CLASSES:
+        raise ValueError(shape)  # before tensors of this size are allocated
+    return shape

@@ -1,4 +1,4 @@
-"""Evaluates a network of your own data, with classifiers that are trained on the same data and cached."""
+"""Evaluates a model of your own pictures, with classifiers that are trained on these pictures and cached."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from scripts.evaluation.classifiers import Trained, load_classifier
 from scripts.evaluation.quality import Evaluator, evaluate_samples
 from scripts.evaluation.samples import NUM_IMAGES, generated_images, references_of, samples_of_drawer
 
-RELEASE = 1  # a higher number ignores the classifiers that an earlier release has cached
+RELEASE = 1  # part of the cache key; increase it when the training changes, to discard cached classifiers
 
 
 def evaluate_pictures(
@@ -28,33 +28,48 @@ def evaluate_pictures(
     flip: bool,
     out: Path | None,
 ) -> None:
-    """Computes all metrics of a checkpoint on the data of its training, as `evaluate_digits` does for MNIST.
+    """Computes all metrics of a checkpoint on its training data, like `evaluate_digits` for MNIST.
 
-    Trains the classifiers on the data if `judge` and `extractor` name no files. Raises ScriptError if the checkpoint is
-    not for the data.
+    Trains the classifiers if no files are given. Raises ScriptError if the checkpoint does not match the data.
     """
     drawer = open_drawer(request)
     pictures = load_data(data, reporter, drawer.checkpoint.image_shape[1])
     if (pictures.class_names, pictures.image_shape) != (drawer.class_names, drawer.checkpoint.image_shape):
-        shape = "x".join(map(str, pictures.image_shape))
+        shape, names = "x".join(map(str, pictures.image_shape)), pictures.class_names
         raise ScriptError(
-            f"The checkpoint must be trained on --data, {len(pictures.class_names)} classes of {shape} images from "
-            f"{pictures.class_names[0]!a} to {pictures.class_names[-1]!a}, {generated_images(drawer)} from "
-            f"{drawer.class_names[0]!a} to {drawer.class_names[-1]!a}"
+            f"The checkpoint must have the classes and the image shape of --data: {len(names)} classes of {shape} "
+            f"images from {names[0]!a} to {names[-1]!a}, {generated_images(drawer)} from {drawer.class_names[0]!a} to "
+            f"{drawer.class_names[-1]!a}"
         )
-    num_classes = len(pictures.class_names)
-    most = num_classes * int(pictures.learn.labels.bincount(minlength=num_classes).min())
-    count = max(min(num_images or NUM_IMAGES, most) // num_classes, 1) * num_classes
-    if num_images and count < num_images:
-        reporter.line(f"{count:,} images, because the smallest class has {most // num_classes:,} training images")
+    count = count_for(pictures, num_images or NUM_IMAGES, reporter)
     samples = samples_of_drawer(drawer, request, count, reporter)
     judges = own_classifier("judge", pictures, judge, reporter, flip=flip)
     extracts = own_classifier("extractor", pictures, extractor, reporter, flip=flip)
     evaluate_samples(samples, Evaluator(references_of(pictures), judges, extracts, count), reporter, out)
 
 
+def count_for(data: DataSet, wanted: int, reporter: Reporter) -> int:
+    """Returns the number of images to generate: equally many of each class, and at most as many as training images.
+
+    Raises ScriptError for fewer images than classes, and if a class has no held-out image.
+    """
+    names = data.class_names
+    learned, held_out = (each.labels.bincount(minlength=len(names)) for each in (data.learn, data.test))
+    if not held_out.min():
+        raise ScriptError(f"the class {names[int(held_out.argmin())]!a} has no test image to compare with. Add some")
+    if wanted < len(names):
+        raise ScriptError(f"--num-images {wanted}: the {len(names)} classes need at least one image each")
+    count = min(wanted // len(names), int(learned.min())) * len(names)
+    if count < wanted:
+        reporter.line(
+            f"Generating {count:,} images instead of {wanted:,}: equally many of each class, and at most "
+            f"{int(learned.min()):,}, the number of training images of {names[int(learned.argmin())]!a}"
+        )
+    return count
+
+
 def own_classifier(kind: str, data: DataSet, path: Path | None, reporter: Reporter, *, flip: bool) -> Trained:
-    """Loads the classifier from the file `path`. For None, trains one on the data, or loads it from the cache.
+    """Loads the classifier from `path`. Without a path, loads it from the cache, or trains it on the data.
 
     Raises ScriptError if the classifier of the file is for other classes or images.
     """
@@ -65,9 +80,11 @@ def own_classifier(kind: str, data: DataSet, path: Path | None, reporter: Report
     recipe = recipe_for(kind, data, flip=flip)
     key = json.dumps([RELEASE, kind, recipe, data.class_names, data.digest])
     cached = step_cache() / "classifiers" / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    if not cached.exists():
+    try:
+        return load_classifier(kind, cached)
+    except ScriptError:  # It is missing, or damaged.
         train_and_save(kind, cached, data, reporter, recipe)
-    return load_classifier(kind, cached)
+        return load_classifier(kind, cached)
 
 
 def check_classes(trained: Trained, data: DataSet, path: Path) -> None:
@@ -76,6 +93,6 @@ def check_classes(trained: Trained, data: DataSet, path: Path) -> None:
     if trained.network.shape.image != data.image_shape or names != data.class_names:
         shape = "x".join(map(str, trained.network.shape.image))
         raise ScriptError(
-            f"{path} recognises {len(names)} classes of {shape} images, from {names[0]!a} to {names[-1]!a}. It cannot "
-            "judge these images. Train one on the data with python -m scripts.train_classifiers --data"
+            f"{path} recognises {len(names)} classes of {shape} images, from {names[0]!a} to {names[-1]!a}, so it "
+            "cannot judge the images of --data. Train another classifier with scripts.train_classifiers --data"
         )

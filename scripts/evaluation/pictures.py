@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.spec import DIGITS
 from scripts.common.data.data_set import ImageSet
-from scripts.common.figures import Panel, draw_panels, new_figure
+from scripts.common.figures import Panel, draw_panels, new_figure, plain
 from scripts.evaluation.distances import Nearest
 from scripts.evaluation.recognition import Recognition
 
@@ -33,7 +33,7 @@ def show_confusion(judged: Recognition, class_names: tuple[str, ...] = DIGITS) -
         weight = "bold" if asked == seen else "normal"
         axes.text(seen, asked, f"{counts[asked, seen]}", ha="center", va="center", fontsize=7, fontweight=weight)
     labels = range(0, num_classes, -(-num_classes // MOST_NUMBERED))
-    shown = [f"{class_names[label][:MOST_LETTERS]}" for label in labels]
+    shown = [plain(class_names[label][:MOST_LETTERS]) for label in labels]
     axes.set_xticks(labels, shown, rotation=90 if max(map(len, shown)) > 2 else 0)
     axes.set_yticks(labels, shown)
     axes.set_xlabel("recognised by the judge")

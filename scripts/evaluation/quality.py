@@ -35,8 +35,8 @@ from scripts.evaluation.samples import (
 )
 from scripts.evaluation.tables import MANIFOLD, fixed, too_few_images
 
-FEW_OF_EACH = 100  # generated images of each class, below which the share of one class is rough
-GOOD_JUDGE = 0.95  # accuracy on real images, below which the mistakes of the judge matter
+FEW_OF_EACH = 100  # with fewer generated images of each class, a note warns about the shares of classes
+GOOD_JUDGE = 0.95  # with a lower accuracy on real images, a note warns about the judge
 MANY_MEMORISED = 0.01  # share of the generated images
 MOST_LISTED = 30  # classes with a share in the table
 
@@ -60,7 +60,7 @@ class Quality:
     frechet: float | None
     real_frechet: float | None
     noise_frechet: float | None  # Fréchet distance of random noise
-    judge_frechet: float | None  # as frechet, with the features of the judge
+    judge_frechet: float | None  # like `frechet`, with the features of the judge
     real_judge_frechet: float | None
     manifold: Manifold | None
     real_manifold: Manifold | None
@@ -178,7 +178,7 @@ def as_markdown(quality: Quality, class_names: tuple[str, ...] = DIGITS) -> str:
         *_recognition_rows("recognised by the extractor", quality.extractor, quality.real_extractor, class_names)[:1],
         ("Fréchet distance", fixed(quality.frechet, 4), real_distance),
         ("ratio to real images", fixed(quality.frechet_ratio, 2), "1"),
-        ("the same ratio in the features of the judge", fixed(quality.judge_frechet_ratio, 2), "1"),
+        ("ratio to real images, features of the judge", fixed(quality.judge_frechet_ratio, 2), "1"),
         *((name, _share(quality.manifold, name), _share(quality.real_manifold, name)) for name in MANIFOLD),
         ("memorised", f"{quality.memorised:.2%}", f"{quality.held_out_memorised:.2%}"),
     ]
@@ -187,7 +187,7 @@ def as_markdown(quality: Quality, class_names: tuple[str, ...] = DIGITS) -> str:
 
 
 def notes_of(quality: Quality, class_names: tuple[str, ...] = DIGITS) -> list[str]:
-    """Returns sentences about metrics that were not computed, or that say little. It is empty if there are none."""
+    """Returns notes about metrics that are missing or uncertain."""
     num_classes, real = len(class_names), quality.real_judge
     compared = min(quality.num_images, quality.num_held_out)
     of_each = compared // num_classes
@@ -199,16 +199,19 @@ def notes_of(quality: Quality, class_names: tuple[str, ...] = DIGITS) -> list[st
         )
     if quality.num_images < FEW_OF_EACH * num_classes:
         each = quality.num_images // num_classes
-        notes.append(f"With {each} images of each class, one image is {1 / each:.1%} of a class.")
+        notes.append(
+            f"Each class has only {each} generated images, so one image changes the share of its class by "
+            f"{100 / each:.1f} percentage points."
+        )
     if real.accuracy < GOOD_JUDGE:
         notes.append(
-            f"The judge recognises only {real.accuracy:.1%} of the real images, so a generated image that it does not "
-            "recognise can be good."
+            f"The judge recognises only {real.accuracy:.1%} of the real images, so it also fails to recognise "
+            "some good generated images."
         )
     if quality.memorised > MANY_MEMORISED and quality.memorised > 2 * quality.held_out_memorised:
         notes.append(
-            f"{quality.memorised:.1%} of the images are nearly copies of a training image. More training images, or "
-            "fewer epochs, give fewer copies."
+            f"{quality.memorised:.1%} of the images are nearly copies of a training image. Train with more images "
+            "or fewer epochs."
         )
     return [note for note in notes if note]
 
@@ -221,6 +224,8 @@ def _recognition_rows(
     name: str, ours: Recognition, real: Recognition, class_names: tuple[str, ...]
 ) -> list[tuple[str, str, str]]:
     """Returns the table rows of a classifier: all classes, the worst class, and each class if they are not many."""
+
+    class_names = tuple(name.replace("|", r"\|") for name in class_names)
 
     def shares(of: Recognition) -> str:
         return ", ".join(f"{name}: {share:.1%}" for name, share in zip(class_names, of.per_class, strict=True))

@@ -28,7 +28,7 @@ MOST_IMAGES = 49_000  # images are compared with the same number of training dig
 NUM_COMPARED = 20_000  # training digits that replace the held-out digits for the split `training`
 HELD_OUT_SPLITS = ("test", "validation")
 SPLITS = (*HELD_OUT_SPLITS, "training")
-HELD_OUT = "held-out"  # the name of the compared images of other data
+HELD_OUT = "held-out"  # name of the split in evaluations of your own data
 FACTS = "dataset.json"  # written by scripts.make_dataset: the checkpoint and the options of the images
 # The facts that determine the images.
 SOURCE = ("weights_sha256", "options", "seed", "device", "dtype", "compiled", "min_confidence", "judge_sha256")
@@ -81,7 +81,7 @@ def samples_of_checkpoint(request: DrawingRequest, num_images: int | None, repor
 
 
 def samples_of_drawer(drawer: Drawer, request: DrawingRequest, count: int, reporter: Reporter) -> Samples:
-    """Checks the options. Raises ScriptError if the checkpoint does not permit them."""
+    """Checks the options now and generates the images in `get`. Raises ScriptError for options not permitted."""
     options = options_from(request, drawer.checkpoint)
 
     def get() -> tuple[ImageSet, dict[str, Any]]:

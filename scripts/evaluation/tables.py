@@ -180,7 +180,7 @@ def across(evaluations: dict[str, Evaluation]) -> str:
 
 
 def shares_of(recognition: Figures) -> list[float]:
-    """Returns the share of recognised images of each class. Published ones of digits name it otherwise."""
+    """Returns the share recognised of each class. Published evaluations of digits have it as `per_digit`."""
     shares: list[float] = recognition["per_class" if "per_class" in recognition else "per_digit"]
     return shares
 

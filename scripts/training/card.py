@@ -1,11 +1,14 @@
 """The card of a trained model: README.md in the run folder, in the format of model cards of the Hugging Face Hub."""
 
+import math
+import shlex
+
 from scripts.common.data.data_set import DataSet
 from scripts.common.data.first_look import lines_about
 from scripts.training.auto import describe
 from scripts.training.run import MODEL, Run
 
-CARD = "README.md"
+CARD, CURVES = "README.md", "losses.png"
 MOST_NAMED = 10  # classes in the first sentence
 
 
@@ -31,15 +34,17 @@ def _introduction(run: Run, data: DataSet) -> str:
 
 
 def _use(run: Run) -> str:
-    label = run.class_names[0]
+    path, label = run.folder / MODEL, f"--label={run.class_names[0]}"
+    sample = shlex.join(["--checkpoint", str(path), label, "--count", "16", "--out", "sheet.png"])
     return f"""## Use
 
 ```bash
-scripts/serve --model {run.name}={run.folder / MODEL}
-python -m scripts.sample --checkpoint {run.folder / MODEL} --label '{label}' --count 16 --out sheet.png
+scripts/serve --model {shlex.quote(f"{run.name}={path}")}
+python -m scripts.sample {sample}
 ```
 
-How good the images are was not measured. `python -m scripts.evaluate pictures` measures it."""
+The quality of the images was not measured. To measure it, run `python -m scripts.evaluate pictures` with `--data` \
+and `--checkpoint`, or for MNIST `python -m scripts.evaluate digits`."""
 
 
 def _data(data: DataSet) -> str:
@@ -48,18 +53,19 @@ def _data(data: DataSet) -> str:
 
 {lines}
 
-The description in the checkpoint is: {data.description}. The model can generate images that are nearly copies of \
-these images. Do not publish it if they are private or if their licence forbids it."""
+The checkpoint stores this description of the data: {data.description}. The model can generate near copies of these \
+images. Do not publish the model if the images are private or if their licence forbids it."""
 
 
 def _training(run: Run, num_parameters: int) -> str:
-    best = min(run.results, key=lambda result: result.validation_loss)
+    best = min(run.results, key=lambda result: (math.isnan(result.validation_loss), result.validation_loss))
+    curves = f" and `{CURVES}`" if (run.folder / CURVES).exists() else ""
     recipe = "\n".join(describe(run.recipe.model_dump(mode="json", exclude_none=True)))
     return f"""## Training
 
 The network has {num_parameters:,} parameters. It was trained for {len(run.results)} epochs with the seed {run.seed}. \
 The checkpoint is that of epoch {best.epoch}, which had the lowest validation loss, {best.validation_loss:.5f}. \
-`losses.csv` and `losses.png` have the losses of all epochs. The recipe, from the preset `{run.preset}`:
+`losses.csv`{curves} have the losses of all epochs. The recipe, from the preset `{run.preset}`:
 
 ```text
 {recipe}

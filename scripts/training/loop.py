@@ -1,6 +1,7 @@
 """Runs the training loop. Resumes from the last saved state in the run folder."""
 
 import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from scripts.common.errors import ScriptError
 from scripts.common.plots import plot_losses
 from scripts.common.progress import Reporter, is_installed
 from scripts.training.auto import AUTO, choices_for, describe
-from scripts.training.card import CARD, card
+from scripts.training.card import CARD, CURVES, card
 from scripts.training.objective import DenoisingObjective
 from scripts.training.recipe import Recipe, load_recipe
 from scripts.training.run import MODEL, Run
@@ -85,9 +86,9 @@ def train_on(request: TrainingRequest, load: Callable[[], DataSet], reporter: Re
     train(trainer, run, reporter, time_limit=request.time_limit)
     if trainer.epoch == recipe.epochs and not (run.folder / CARD).exists():
         num_parameters = sum(p.numel() for p in trainer.network.parameters())
-        write_atomically(run.folder / CARD, card(run, data, num_parameters).encode())
         if is_installed("matplotlib"):
-            plot_losses([run.folder], run.folder / "losses.png")
+            plot_losses([run.folder], run.folder / CURVES)
+        write_atomically(run.folder / CARD, card(run, data, num_parameters).encode())
 
 
 def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float | None = None) -> None:
@@ -124,11 +125,11 @@ def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float |
             f"lr {result.learning_rate:.1e}  {seconds:.0f} s, {minutes_left:.0f} min left"
         )
     reporter.line(f"finished: {run.folder / MODEL}")
-    reporter.line(f"serve it: scripts/serve --model {run.name}={run.folder / MODEL}")
+    reporter.line(f"serve it: scripts/serve --model {shlex.quote(f'{run.name}={run.folder / MODEL}')}")
 
 
 class _TimeIsUp(Exception):
-    """Ends an epoch whose state was saved."""
+    """Raised after the time limit, when the state within the epoch was saved."""
 
 
 def _epoch(trainer: Trainer, run: Run, reporter: Reporter, end: float) -> EpochResult:

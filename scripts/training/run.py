@@ -6,7 +6,7 @@ losses.csv         one line per epoch
 epochs/NN.png      an image of each class after each epoch, generated from the same noise
 losses.png         the losses of a finished run
 README.md          the card of a finished run
-tensorboard/       the losses and images for TensorBoard, if the run writes them
+tensorboard/       losses and images for TensorBoard, with --tensorboard
 paths/             of a distillation: the paths that the teacher generated
 """
 
@@ -57,12 +57,12 @@ class Run:
         self.folder, self.preset, self.recipe, self.seed, self.data = folder, preset, recipe, seed, data
         self.class_names = class_names
         self.results: list[EpochResult] = []
-        self.watch: Callable[[EpochResult, Tensor], None] = lambda result, images: None  # gets each epoch's images
+        self.watch: Callable[[EpochResult, Tensor], None] = lambda result, images: None  # called after each epoch
         self.earlier_arithmetic: str | None = None  # Trainer.arithmetic before the run was resumed
 
     @property
     def name(self) -> str:
-        """The name of the folder, as a name under which the service can serve the model."""
+        """The name of the folder, with a hyphen for each character that a model name cannot have."""
         return re.sub(r"[^0-9A-Za-z._-]", "-", self.folder.resolve().name)
 
     @property

@@ -15,7 +15,7 @@ TENSORBOARD = "tensorboard"  # the folder in the run folder
 def tensorboard_writer(folder: Path) -> Callable[[EpochResult, Tensor], None]:
     """Returns a function that writes an epoch and its images (N, C, H, W) in [-1, 1].
 
-    A run that resumes continues in the same folder. Exits and prints the command that installs TensorBoard if needed.
+    A resumed run writes to the same folder. If TensorBoard is missing, exits with the command that installs it.
     """
     require("tensorboard", extra="tensorboard")
     writer = require("torch.utils.tensorboard").SummaryWriter(str(folder))

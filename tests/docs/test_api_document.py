@@ -482,7 +482,10 @@ def test_idempotency_section_states_the_seed_the_keys_and_the_routes() -> None:
 
 
 def test_documented_limit_of_a_text_chunk_is_that_of_the_code() -> None:
-    assert f"longer than {picture_files.MAX_TEXT_BYTES} bytes" in API.section("POST /reproduce")
+    assert (
+        f"longer than {picture_files.MAX_TEXT_BYTES} bytes (`Label`: {picture_files.MAX_LABEL_BYTES} bytes)"
+        in API.section("POST /reproduce")
+    )
 
 
 # Errors and limits

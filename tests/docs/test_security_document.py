@@ -16,7 +16,7 @@ from app.server.framing import (
 )
 from app.server.server import MAX_DESCRIPTORS
 from app.settings import Settings
-from app.tasks.picture_files import MAX_TEXT_BYTES
+from app.tasks.picture_files import MAX_LABEL_BYTES, MAX_TEXT_BYTES
 from tests.docs.markdown import ROOT
 
 KIB = 1024
@@ -29,7 +29,7 @@ DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()
     [
         f"the last {MAX_CACHED_PROMPTS:,} prompts",
         f"not yet encoded have at most {MAX_PENDING_PIXELS:,} pixels",
-        f"a known name and at most {MAX_TEXT_BYTES:,} bytes",
+        f"a known name and at most {MAX_TEXT_BYTES:,} bytes, or {MAX_LABEL_BYTES:,} bytes",
         f"waits for it for at most {FLUSH_SECONDS:.0f} second",
         f"After more than {MAX_AHEAD_BYTES // KIB} KiB of such data",
         f"each header ({MAX_HEADER_BYTES // KIB} KiB)",

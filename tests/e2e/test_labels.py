@@ -1,4 +1,4 @@
-"""Requests with a class for each image: each image is that of a request for its class alone, in every format."""
+"""Requests with `labels`: in every format, each image equals that of a request for its class alone."""
 
 import base64
 import io
@@ -130,9 +130,9 @@ def test_sheet_is_reproduced_by_the_service_and_by_the_script(
         ({"labels": [1, 12]}, "labels", "Unknown label 12"),
         ({"labels": [1, None]}, "labels", "name or the number of a class"),
         ({"labels": "31"}, "labels", "valid list"),
-        ({"labels": [1], "label": "1"}, "label", "Send either labels or label, digit and count"),
-        ({"labels": [1], "digit": 1}, "digit", "Send either labels or label, digit and count"),
-        ({"labels": [1], "count": 1}, "count", "Send either labels or label, digit and count"),
+        ({"labels": [1], "label": "1"}, "label", "This field cannot be combined with labels"),
+        ({"labels": [1], "digit": 1}, "digit", "This field cannot be combined with labels"),
+        ({"labels": [1], "count": 1}, "count", "This field cannot be combined with labels"),
         ({"labels": [1], "clip_guidance_scale": 2}, "labels", "CLIP guidance has one prompt for all images"),
         ({"labels": [1] * 41}, "labels", "at most 40 items"),
     ],

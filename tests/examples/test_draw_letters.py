@@ -1,4 +1,4 @@
-"""Draws letters in the fonts that matplotlib brings along, so that the test needs no download."""
+"""Uses fonts that are installed with matplotlib, so that the test needs no download."""
 
 import shutil
 import subprocess
@@ -68,3 +68,21 @@ def test_folder_without_fonts_gives_the_command_that_installs_them(tmp_path: Pat
     done = draw(tmp_path, tmp_path / "letters.npz")
     assert done.returncode == 1
     assert done.stderr == f"draw_letters: {tmp_path} has no fonts. Install them with: npm install --prefix {tmp_path}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("STIXSizOneSymReg.ttf", "has no A"), ("broken.ttf", "cannot be read: unknown file format")]
+)
+def test_font_that_cannot_draw_the_letters_is_named(fonts: Path, tmp_path: Path, name: str, problem: str) -> None:
+    folder = shutil.copytree(fonts, tmp_path / "fonts")
+    if (FONTS / name).exists():
+        shutil.copy(FONTS / name, folder)
+    else:
+        (folder / name).touch()
+    done = draw(folder, tmp_path / "letters.npz")
+    assert (done.returncode, done.stderr) == (1, f"draw_letters: {folder / name} {problem}. Remove it\n")
+
+
+def test_number_of_pictures_must_be_positive(fonts: Path, tmp_path: Path) -> None:
+    done = draw(fonts, tmp_path / "letters.npz", "--test-count=0")
+    assert done.returncode == 2 and "argument --test-count: invalid positive value: '0'" in done.stderr

@@ -294,7 +294,7 @@ def test_sheet_of_one_digit_has_no_empty_row(count: int, shape: tuple[int, int])
     assert sheet_shape(count, num_classes=3) == (3, count)
 
 
-def test_sheet_with_a_label_for_each_image_is_parsed_and_its_images_have_their_own() -> None:
+def test_sheet_with_layout_names_the_class_of_each_image() -> None:
     word = replace(PROVENANCE, labels=("L", "O", "O"), has_digits=False, one_each=True)
     found, indices = Provenance.parse(word.text("0-2"))
     assert (found.labels, found.one_each, indices) == (("L", "O", "O"), True, range(3))
@@ -303,5 +303,7 @@ def test_sheet_with_a_label_for_each_image_is_parsed_and_its_images_have_their_o
     assert all("Layout" not in word.text(index) for index in range(3))
     with pytest.raises(ProvenanceError, match="chunk Label must be"):
         Provenance.parse(word.text("0-3"))
+    with pytest.raises(ProvenanceError, match="chunk Index must be"):
+        Provenance.parse({**replace(word, labels=("L",)).text("0"), "Index": "5"})
     with pytest.raises(ProvenanceError, match="chunk Layout must be 'rows'"):
         Provenance.parse({**word.text("0-2"), "Layout": "columns"})

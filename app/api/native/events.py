@@ -41,12 +41,13 @@ class DoneEvent(BaseModel):
 
     label: str | None = Field(
         default=None,
-        description="The name of the class of the images. Absent if no class was assumed.",
+        description="The name of the class of the images. Absent if no class was assumed or the images have different "
+        "ones.",
         json_schema_extra=may_be_absent,
     )
     digit: int | None = Field(
         default=None,
-        description="The digit of the images. Absent if no class was assumed or it is no digit.",
+        description="The digit of the images. Absent if the classes are not digits, and wherever label is absent.",
         json_schema_extra=may_be_absent,
     )
     labels: list[str] | None = Field(

@@ -17,7 +17,7 @@ from app.api.native.operations import CLIP_STATUSES, STREAM, WORK_STATUSES, imag
 from app.api.native.schemas import GenerateResponse
 from app.api.operations import Offer, Operation, Router, Schema, body_of, default_of
 from app.api.service import ServiceDependency, answer, guided_by_clip
-from app.errors import BodyTooLarge, InvalidRequest, NotAcceptable, UnsupportedMediaType
+from app.errors import BodyTooLarge, FieldError, InvalidRequest, NotAcceptable, UnsupportedMediaType
 from app.tasks import generate as tasks
 from app.tasks.generate import GenerateFields
 from model.spec import ModelSpec
@@ -34,7 +34,12 @@ PROMPT_NEEDS_A_SCALE: JsonDict = {
 NEEDS_A_CLASS: JsonDict = {"anyOf": [{"required": [name]} for name in ("label", "digit", "labels")]}
 LABELS_ALONE: JsonDict = {
     "if": {"required": ["labels"]},
-    "then": {"properties": {name: {"not": {}} for name in ("label", "digit", "count", "clip_prompt")}},
+    "then": {
+        "properties": {
+            **{name: {"not": {}} for name in ("label", "digit", "count", "clip_prompt")},
+            "clip_guidance_scale": {"maximum": 0},
+        }
+    },
 }
 
 
@@ -105,6 +110,8 @@ async def generate(
     media_type = negotiate(request, FORMATS)
     settings = service.settings
     body = await read_json(request, GenerateRequest, settings.max_body_bytes, settings.read_timeout)
+    if body.labels is not None and len(body.labels) > settings.largest_request:  # before each of them is looked up
+        raise FieldError("labels", f"List should have at most {settings.largest_request} items")
     task = tasks.generate(service.info(body.model), with_seed(body, idempotency_key))
     task = await guided_by_clip(request, service, task)
     return await answer(request, service, task, ImagesFormat(GenerateResponse), media_type, stream)

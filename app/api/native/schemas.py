@@ -71,7 +71,9 @@ class ImagesResponse(BaseModel):
 class GenerateResponse(ImagesResponse):
     """The images, and all values that are needed to reproduce them."""
 
-    label: str | None = Field(description="The name of the class of the images, or null if they have different ones.")
+    label: str | None = Field(
+        description="The name of the class of the images, or null if the images have different ones."
+    )
     labels: list[str] = Field(description="The name of the class of each image.")
     clip_guidance_scale: float
     clip_prompt: str | None = Field(description="The prompt of CLIP guidance, or null without CLIP guidance.")

@@ -3,7 +3,7 @@
 import { promptOf } from "./clip.js";
 import { download, element, find, menu, pngUrl } from "./dom.js";
 import { checkpointName, className } from "./models.js";
-import { bytesOf, textChunks } from "./png.js";
+import { bytesOf, jsonOf, textChunks } from "./png.js";
 import { hasKey } from "./service.js";
 import { copy, linkOf, nameOf, scaleFor } from "./share.js";
 
@@ -34,13 +34,6 @@ function requestOf({ body }, index) {
   const { labels } = body;
   return { ...body, ...(labels ? { labels: labels.slice(0, index + 1) } : { count: index + 1 }), scale: scaleFor(WIDTH, body) };
 }
-
-/**
- * Returns the value as JSON in printable ASCII without apostrophes, which is safe in single quotes of a shell. A prompt
- * can come from an address, so it may be hostile.
- */
-const jsonOf = (value) =>
-  JSON.stringify(value).replace(/[^ -&(-~]/g, (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`);
 
 /** Returns the flat object as Python source in printable ASCII. */
 function dictOf(body) {

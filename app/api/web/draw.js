@@ -182,9 +182,10 @@ async function showProvenance(chunks) {
   const index = Number.parseInt(chunks.Index?.split("-").at(-1), 10) || 0;
   const { models = [], clip } = await about().catch(() => ({}));
   const made = models.find(({ sha256 }) => sha256 === chunks["Model-SHA256"]); // undefined: the address has no model
-  const label = (made ?? models[0])?.labelOf(className(chunks));
-  const what = chunks.Layout && made?.isAlphabet ? { labels: made.spell(className(chunks)) } : { label, count: index + 1 };
-  const isGenerated = !chunks.Task && (what.labels ?? label) !== undefined && /^[0-9]+$/.test(chunks.Seed);
+  const name = className(chunks);
+  const label = made ? made.class_names.indexOf(name) : (models[0]?.labelOf(name) ?? -1);
+  const what = chunks.Layout && made?.isAlphabet ? { labels: made.spell(name) } : { label, count: index + 1 };
+  const isGenerated = !chunks.Task && Math.min(...(what.labels ?? [label])) >= 0 && /^[0-9]+$/.test(chunks.Seed);
   const address = generateAddress({
     ...what, seed: chunks.Seed, num_steps: chunks.Steps,
     sampler: chunks.Sampler, guidance_scale: chunks["Guidance-Scale"], model: made?.name,
@@ -199,6 +200,6 @@ async function showProvenance(chunks) {
     ...(note ? [element("p", { class: "hint" }, note)] : []),
     isGenerated
       ? element("button", { type: "button", click: () => { location.hash = address; } }, "Generate again")
-      : element("p", { class: "hint" }, chunks.Task ? "It was made from another picture, so its parameters alone do not reproduce it." : "This page cannot generate its class again."),
+      : element("p", { class: "hint" }, chunks.Task ? "It was made from another picture, so its parameters alone do not reproduce it." : "This page cannot generate a picture of these classes again."),
   );
 }

@@ -97,7 +97,7 @@ export async function open(parameters) {
   if (isComplete || !run) generate({ ...bodyOfForm(), ...wanted }, { isNew: false, isChosen: isComplete, note });
 }
 
-/** Returns the labels of a word in an address, or null if the model does not have all of them. */
+/** Returns the labels of a word in an address, or null. */
 function labelsOf(text, { class_names }) {
   if (!/^[0-9]{1,4}(\.[0-9]{1,4})*$/.test(text)) return null;
   const labels = text.split(".").map(Number);
@@ -160,7 +160,6 @@ function applyClasses() {
 
 const firstWord = (alphabet) => alphabet.nameOf({ labels: alphabet.spell(WORD).includes(-1) ? [0, 1, 2] : alphabet.spell(WORD) });
 
-/** Returns the field for the word whose letters are generated. */
 function wordField() {
   const input = element("input", { name: "word", type: "text", value: firstWord(model()), autocomplete: "off", spellcheck: false, "aria-label": "Word", "aria-describedby": "word-hint", input: checkWord });
   return element("div", { class: "field" }, input, element("p", { id: "word-hint", class: "hint" }, WORD_HINT));
@@ -171,7 +170,7 @@ function checkWord() {
   if (!form.word) return true;
   const labels = model().spell(form.word.value);
   const unknown = [...form.word.value.replace(/\s/g, "")][labels.indexOf(-1)];
-  const problem = !labels.length ? "Write a word." : unknown ? `The model has no “${unknown}”.` : labels.length > limits.count ? `Write at most ${limits.count} letters.` : "";
+  const problem = !labels.length ? "Enter a word." : unknown ? `The model has no class “${unknown}”.` : labels.length > limits.count ? `Enter at most ${limits.count} letters.` : "";
   form.word.setAttribute("aria-invalid", problem !== "");
   find("#word-hint").classList.toggle("error", problem !== "");
   find("#word-hint").textContent = problem || WORD_HINT;

@@ -31,13 +31,12 @@ class Model {
     return this.isDigits ? `Digit ${label}` : this.class_names[label];
   }
 
-  /** Returns the label of each character of a word. It is -1 for one that the model cannot write. */
+  /** Returns the label of each character of a word, or -1. */
   spell(word) {
     const find = (character) => this.class_names.indexOf(character);
     return [...word.replace(/\s/g, "")].map((each) => [each, each.toUpperCase(), each.toLowerCase()].map(find).find((label) => label >= 0) ?? -1);
   }
 
-  /** Returns the name of the class of a request, or its word. */
   nameOf({ label, labels }) {
     return labels ? labels.map((each) => this.class_names[each]).join("") : this.title(label);
   }

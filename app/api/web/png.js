@@ -88,3 +88,10 @@ export function valuesOf(picture, { width, height, channels }, part = [0, 0, pic
 
 export const valuesOfPng = async (base64, shape) =>
   valuesOf(await createImageBitmap(new Blob([bytesOf(base64)], { type: "image/png" })), shape);
+
+/**
+ * Returns the value as JSON in printable ASCII without apostrophes, which is safe in single quotes of a shell, even if it
+ * comes from an address.
+ */
+export const jsonOf = (value) =>
+  JSON.stringify(value).replace(/[^ -&(-~]/g, (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`);

@@ -5,7 +5,7 @@ import { INTERRUPTED, ServiceError, stream } from "./service.js";
 // The previews of four images have 7 kB a step, which is much for a slow network.
 const PREVIEWS = /[23]g/.test(navigator.connection?.effectiveType) ? 10 : 100;
 
-const WORD_COLUMNS = 16; // images in a row of a word, as in a sheet of the service
+const WORD_COLUMNS = 16; // as in a sheet of the service
 
 export class Run extends EventTarget {
   /** `path` is a route such as "generate", `body` its request, and `query` chooses what the stream contains. */

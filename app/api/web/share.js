@@ -3,7 +3,7 @@
 import { generateAddress } from "./address.js";
 import { download, element, find } from "./dom.js";
 import { className, modelOf } from "./models.js";
-import { bytesOf, textChunks, withText } from "./png.js";
+import { bytesOf, jsonOf, textChunks, withText } from "./png.js";
 import { INTERRUPTED, ServiceError, call } from "./service.js";
 
 const FRAMES = 50; // of an animation
@@ -49,7 +49,11 @@ export async function saveSheet(run) {
   bitmaps.forEach((bitmap, place) => {
     context.drawImage(bitmap, (place % run.columns) * width, Math.floor(place / run.columns) * height, width, height);
   });
-  const chunks = { ...textChunks(bytesOf(run.images[0])), ...(run.body.labels ? wordChunks(run) : {}) };
+  const chunks = textChunks(bytesOf(run.images[0]));
+  if (run.body.labels) {
+    delete chunks.Digit;
+    Object.assign(chunks, { Label: jsonOf(run.body.labels.map((label) => modelOf(run.body).class_names[label])), Layout: "rows" });
+  }
   context.fillStyle = "#fff";
   context.font = `${CAPTION.size}px system-ui, sans-serif`;
   captionOf(chunks).forEach((text, place) => {
@@ -60,9 +64,6 @@ export async function saveSheet(run) {
   if (run.count > 1) chunks.Index = `0-${run.count - 1}`;
   download(`${nameOf(run)}.png`, withText(bytes, chunks));
 }
-
-/** Returns the text chunks of a word. */
-const wordChunks = ({ body }) => ({ Label: JSON.stringify(body.labels.map((label) => modelOf(body).class_names[label])), Layout: "rows" });
 
 function captionOf(chunks) {
   const guidance = Number(chunks["Guidance-Scale"]) === 1 ? "" : `, guidance ${chunks["Guidance-Scale"]}`;

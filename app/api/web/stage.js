@@ -7,7 +7,7 @@ import { modelOf } from "./models.js";
 const FRAMES_PER_SECOND = 25; // of the playback
 const CALM_MILLISECONDS = 1000; // time between two updates of the text if the user prefers reduced motion
 
-const LONG_ROW = 5; // images; longer rows fill the width
+const LONG_ROW = 5; // a row of more images uses the full width
 
 const NOISY = "x_t: the noisy image";
 const HOW = "Move the slider to see each step.";

@@ -39,7 +39,7 @@ class ImageSet:
         return len(self.images)
 
     def rows(self, chosen: Tensor | slice) -> "ImageSet":
-        """Returns the chosen images, in the order of the row numbers."""
+        """Returns the chosen images: a slice, a mask, or row numbers, whose order is kept."""
         return ImageSet(self.images[chosen], self.labels[chosen])
 
 
@@ -70,8 +70,8 @@ class DataSet:
         return self.known_as or f"{self.name}, {len(self.learn)} training images, SHA-256 {self.digest[:16]}"
 
     def limited(self, most: int) -> "DataSet":
-        """Returns the data with at most `most` training images of each class, the first ones."""
-        number = torch.zeros(len(self.learn), dtype=torch.int64)  # of an image in its class
+        """Keeps the first `most` training images of each class, and all validation and test images."""
+        number = torch.zeros(len(self.learn), dtype=torch.int64)  # position of each image within its class
         for label in range(len(self.class_names)):
             is_of_class = self.learn.labels == label
             number[is_of_class] = torch.arange(int(is_of_class.sum()))

@@ -374,6 +374,8 @@ SHIPPED_BODIES = [
     ({"labels": [1] * 65}, False),
     ({"labels": [7], "digit": 7}, False),
     ({"labels": [7], "count": 1}, False),
+    ({"labels": [7], "clip_guidance_scale": 2}, False),
+    ({"labels": [7], "clip_guidance_scale": 0}, True),
 ]
 
 

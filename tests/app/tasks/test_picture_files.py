@@ -1,11 +1,14 @@
 """Tests of the text chunks that are read from PNG files. test_pictures.py tests the rest of the module."""
 
+import json
 import struct
 import zlib
 
+import numpy as np
 import pytest
 
-from app.tasks.picture_files import MAX_CHUNKS, MAX_TEXT_BYTES, PictureError, inspect, read_text
+from app.tasks.picture_files import MAX_CHUNKS, MAX_LABEL_BYTES, MAX_TEXT_BYTES, PictureError, inspect, read_text
+from model.png import encode_pixels
 from tests.app.picture_samples import chunk, png, zeros
 
 NAMES = {"Seed", "Digit"}
@@ -76,3 +79,13 @@ def test_many_chunks_are_refused_before_their_text_is_read() -> None:
     assert read(*[text("Author", "me")] * 1000, text("Seed", "42")) == {"Seed": "42"}
     with pytest.raises(PictureError, match=f"more than {MAX_CHUNKS} chunks"):
         read(*[text("Author", "me")] * MAX_CHUNKS)
+
+
+def test_names_of_all_images_of_the_largest_sheet_are_read() -> None:
+    names = json.dumps(64 * [100 * "\N{GRINNING FACE}"])
+    assert len(names) > 70_000
+    data = encode_pixels(np.zeros((8, 8), np.uint8), text={"Label": names})
+    assert read_text(data, {"Label"}) == {"Label": names}
+    longer = encode_pixels(np.zeros((8, 8), np.uint8), text={"Label": "x" * MAX_LABEL_BYTES})
+    with pytest.raises(PictureError, match=f"Label has more than {MAX_LABEL_BYTES} bytes"):
+        read_text(longer, {"Label"})

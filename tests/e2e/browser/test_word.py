@@ -68,7 +68,7 @@ def test_link_to_a_word_generates_it_again(alphabet: Service, open_page: Open) -
     expect(page.locator("#detail .facts")).to_contain_text("ClassN")
 
 
-def test_panes_of_a_long_word_are_one_below_the_other(alphabet: Service, open_page: Open) -> None:
+def test_panes_of_a_long_word_are_stacked(alphabet: Service, open_page: Open) -> None:
     for labels, is_long in (("0.1.2.3.4", False), ("0.1.2.3.4.5", True)):
         page = open_page(alphabet, ADDRESS.replace("0.13.13.0", labels))
         wait_until_finished(page)
@@ -87,7 +87,7 @@ def test_link_to_one_letter_repeats_it(alphabet: Service, open_page: Open) -> No
 
 @pytest.mark.parametrize(
     ("word", "problem"),
-    [("AN7A", "The model has no “7”."), ("  ", "Write a word."), ("A" * 21, "Write at most 20 letters.")],
+    [("AN7A", "The model has no class “7”."), ("  ", "Enter a word."), ("A" * 21, "Enter at most 20 letters.")],
 )
 def test_word_that_cannot_be_written_is_explained_and_not_sent(
     alphabet: Service, open_page: Open, word: str, problem: str
@@ -117,7 +117,7 @@ def test_word_is_saved_with_a_caption_and_as_a_row_in_an_animation(alphabet: Ser
     assert download.value.suggested_filename == "ANNA-seed-5.gif"
 
 
-def test_other_model_has_its_digits_and_the_letters_come_back(alphabet: Service, open_page: Open) -> None:
+def test_changing_the_model_replaces_the_word_field_by_digits_and_back(alphabet: Service, open_page: Open) -> None:
     page = open_page(alphabet, ADDRESS)
     wait_until_finished(page)
     page.locator("#model").select_option("digits")

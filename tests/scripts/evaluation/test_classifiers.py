@@ -11,6 +11,7 @@ from scripts.common.errors import ScriptError
 from scripts.evaluation.classifiers import (
     DIGITS_SHAPE,
     KINDS,
+    METADATA_KEY,
     accuracy,
     features_of,
     load_classifier,
@@ -86,3 +87,26 @@ def test_shipped_classifiers_have_their_stated_accuracy(
     measured = accuracy(shipped.network, images[-num_digits:], labels[-num_digits:])
     assert measured == pytest.approx(shipped.accuracy, abs=tolerance)
     assert shipped.accuracy >= least
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        '"seven"',
+        "7",
+        '{"kind": "judge"}',
+        '{"kind": "judge", "test_accuracy": NaN}',
+        '{"kind": "judge", "test_accuracy": 1' + 400 * "0" + "}",
+        '{"kind": "judge", "test_accuracy": 1, "class_names": 5}',
+        '{"kind": "judge", "test_accuracy": 1, "class_names": []}',
+        '{"kind": "judge", "test_accuracy": 1, "class_names": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]}',
+        '{"kind": "judge", "test_accuracy": 1, "shape": {"image": [1, 4096, 4096], "num_classes": 10, "width": 32}}',
+        '{"kind": "judge", "test_accuracy": 1, "shape": {"image": [1, 28, 28], "num_classes": 1e9, "width": 32}}',
+    ],
+)
+def test_wrong_metadata_gives_an_error_of_one_line(tmp_path: Path, facts: str) -> None:
+    path = tmp_path / "judge.safetensors"
+    save_file(KINDS["judge"](DIGITS_SHAPE).state_dict(), path, {METADATA_KEY: facts})
+    with pytest.raises(ScriptError, match="is not a judge") as error:
+        load_classifier("judge", path)
+    assert len(str(error.value).splitlines()) == 1

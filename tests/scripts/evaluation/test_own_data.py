@@ -1,6 +1,8 @@
-"""Evaluates networks that return known images, so that every figure is known. The classifiers learn in seconds."""
+"""Evaluates fake networks that return chosen images, so that the expected figures are known."""
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from model.checkpoint import CheckpointConfig, Probe
 from model.pixels import from_pixels
 from model.schedule import ScheduleConfig
 from scripts import evaluate, train_classifiers
-from scripts.common.data.data_set import DataSet, load_data
+from scripts.common.data.data_set import DataSet, ImageSet, load_data
 from scripts.common.drawing import Drawer
+from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 from scripts.evaluation import classifier_training, own_data, tables
 from tests.scripts.common.data.samples import encoded
@@ -83,12 +86,12 @@ def draws(monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
 
 
 def of_each_class(data: DataSet, split: str, labels: list[int]) -> Tensor:
-    """Returns 20 images of each label of a split, in the order of the labels, again and again."""
+    """Returns the first 20 images of each of `labels`, alternating between the labels."""
     part = getattr(data, split)
     return torch.stack([part.images[part.labels == label][:20] for label in labels], dim=1).flatten(0, 1)
 
 
-def test_held_out_pictures_are_recognised_and_as_near_as_real_ones(
+def test_generated_copies_of_held_out_pictures_get_perfect_figures(
     folder: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draws(monkeypatch, of_each_class(data, "test", [0, 1, 2]))
@@ -122,7 +125,7 @@ def test_copies_of_training_pictures_are_reported(
     assert any(note.startswith("100.0% of the images are nearly copies") for note in found["notes"])
 
 
-def test_classifiers_are_trained_once_and_again_for_other_data(
+def test_classifiers_are_cached_for_each_recipe(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: DataSet
 ) -> None:
     monkeypatch.setenv("UNFOG_CACHE_DIR", str(tmp_path / "cache"))
@@ -146,7 +149,8 @@ def test_few_images_have_notes_instead_of_figures(
     assert [note.partition(":")[0] for note in found["notes"]] == [
         "Too few images for a Fréchet distance",
         "Too few images for precision, recall and coverage",
-        "With 4 images of each class, one image is 25.0% of a class.",
+        "Each class has only 4 generated images, so one image changes the share of its class by 25.0 percentage "
+        "points.",
     ]
     assert tables.as_run("small", found)[-3:] == ["-", "-", "-"]
 
@@ -156,7 +160,8 @@ def test_more_images_than_training_images_are_reduced(
 ) -> None:
     draws(monkeypatch, of_each_class(data, "test", [0, 1, 2]).repeat(2, 1, 1, 1))
     assert run(folder, tmp_path, "--num-images=5000")["num_images"] == 3 * EACH
-    assert "120 images, because the smallest class has 40 training images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Generating 120 images instead of 5,000: equally many of each class, and at most 40, " in said
 
 
 def test_own_judge_is_used_and_one_for_other_classes_is_refused(
@@ -176,15 +181,17 @@ def test_own_judge_is_used_and_one_for_other_classes_is_refused(
     capsys.readouterr()
     wrong = ["pictures", f"--data={folder / 'colours'}", f"--checkpoint={folder / 'tiny.safetensors'}"]
     line = refusal_of(capsys, evaluate.main, [*wrong, f"--judge={tmp_path / 'other.safetensors'}"])
-    assert "recognises 3 classes of 3x12x12 images, from 'blue' to 'violet'. It cannot judge these images" in line
+    assert "recognises 3 classes of 3x12x12 images, from 'blue' to 'violet', so it cannot judge" in line
 
 
-def test_data_of_another_training_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_with_other_classes_than_the_data_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = write_colours(tmp_path / "others", each=4, names=OTHER_NAMES)
     line = refusal_of(
         capsys, evaluate.main, ["pictures", f"--data={other}", f"--checkpoint={folder / 'tiny.safetensors'}"]
     )
-    assert "must be trained on --data, 3 classes of 3x12x12 images from 'blue' to 'violet'" in line
+    assert "image shape of --data: 3 classes of 3x12x12 images from 'blue' to 'violet'" in line
 
 
 def test_classifier_of_own_data_does_not_overwrite_the_shipped_ones(
@@ -192,3 +199,42 @@ def test_classifier_of_own_data_does_not_overwrite_the_shipped_ones(
 ) -> None:
     line = refusal_of(capsys, train_classifiers.main, ["judge", f"--data={folder / 'colours'}"])
     assert "--data needs --out" in line
+
+
+def test_damaged_classifier_in_the_cache_is_trained_again(
+    folder: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNFOG_CACHE_DIR", str(tmp_path / "cache"))
+    draws(monkeypatch, of_each_class(data, "test", [0, 1, 2]))
+    before = run(folder, tmp_path / "out", "--num-images=60")
+    for path in (tmp_path / "cache/classifiers").iterdir():
+        path.write_bytes(path.read_bytes()[:1000])
+    assert run(folder, tmp_path / "out", "--num-images=60") == before
+
+
+@pytest.mark.parametrize(
+    ("counts", "wanted", "message"),
+    [
+        ((4, 0, 4), 60, "the class 'green' has no test image to compare with"),
+        ((4, 4, 4), 2, "--num-images 2: the 3 classes need at least one image each"),
+    ],
+)
+def test_images_that_cannot_be_compared_are_refused(counts: tuple[int, ...], wanted: int, message: str) -> None:
+    learn, test = (
+        ImageSet(torch.zeros(len(labels), 1, 8, 8, dtype=torch.uint8), labels)
+        for labels in (torch.arange(3), torch.arange(3).repeat_interleave(torch.tensor(counts)))
+    )
+    with Reporter() as reporter, pytest.raises(ScriptError, match=re.escape(message)):
+        own_data.count_for(DataSet("x", NAMES, learn, test, test), wanted, reporter)
+
+
+def test_names_with_special_characters_do_not_break_the_table_and_the_plot(
+    folder: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    special = replace(data, class_names=("US$ $x", "a|b", "$\\bad$"))
+    monkeypatch.setattr(own_data, "load_data", lambda *args: special)
+    monkeypatch.setattr(Drawer, "class_names", property(lambda self: special.class_names))
+    draws(monkeypatch, of_each_class(data, "test", [0, 1, 1]))
+    run(folder, tmp_path, "--num-images=60")
+    assert "a\\|b: 100.0%" in capsys.readouterr().out
+    assert (tmp_path / "confusion.png").exists()

@@ -1,12 +1,21 @@
-"""The files that a finished run has for its reader: the card and the curves, and those for TensorBoard."""
+"""The model card, the loss curves and the TensorBoard files of a finished run."""
 
+import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from scripts import train
+from scripts.common.data.data_set import DataSet, ImageSet
+from scripts.common.plots import plot_losses
+from scripts.training.card import card
+from scripts.training.recipe import load_recipe
+from scripts.training.run import Run
+from scripts.training.trainer import EpochResult
 from tests.scripts.common.data.samples import NAMES, SIZE, write_folder
 
 EPOCHS = 2
@@ -25,7 +34,7 @@ def test_card_names_the_data_the_recipe_and_the_commands(run: Path) -> None:
     text = (run / "README.md").read_text("utf-8")
     assert f"# my-pets\n\nA diffusion model that generates colour images of {SIZE}x{SIZE} pixels" in text
     assert f"Its classes are {', '.join(NAMES)}." in text
-    assert f"scripts/serve --model my-pets={run / 'model.safetensors'}" in text
+    assert f"scripts/serve --model 'my-pets={run / 'model.safetensors'}'" in text
     assert "- pets: 3 classes, 15 images for training, 9 for validation" in text
     assert "warning: the class 'cat' has only 5 images" in text
     assert f"\nepochs = {EPOCHS}\n" in text and "\nunet.num_classes = 3\n" in text
@@ -46,3 +55,25 @@ def test_tensorboard_has_the_losses_and_images_of_each_epoch(run: Path) -> None:
     assert [event.value for event in found.Scalars("loss/training")] == pytest.approx(written, abs=1e-5)
     assert [event.step for event in found.Scalars("loss/validation")] == [*range(1, EPOCHS + 1)]
     assert [event.step for event in found.Images("images")] == [*range(1, EPOCHS + 1)]
+
+
+def test_card_quotes_names_and_ignores_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
+    images = ImageSet(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    data = DataSet("odd", ("it's",), images, images, images)
+    run = Run(tmp_path / "my $runs$", "auto", load_recipe("auto", data), 0, "odd", data.class_names)
+    run.results = [EpochResult(1, 0.1, math.nan, (), 0.1), EpochResult(2, 0.1, 0.05, (), 0.1)]
+    text = card(run, data, 1)
+    assert "The checkpoint is that of epoch 2, which had the lowest validation loss, 0.05000." in text
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith(("scripts/serve", "python"))]
+    path = str(run.folder / "model.safetensors")
+    assert commands[0][-1] == f"my--runs-={path}"
+    assert commands[1][3:6] == ["--checkpoint", path, "--label=it's"]
+    assert "losses.png" not in text
+
+
+def test_curves_are_drawn_for_a_name_with_dollar_signs(tmp_path: Path) -> None:
+    folder = tmp_path / "run $_$"
+    folder.mkdir()
+    (folder / "losses.csv").write_text("epoch,train_loss,validation_loss\n1,0.1,0.2\n2,0.05,0.1\n")
+    plot_losses([folder], folder / "losses.png")
+    assert (folder / "losses.png").exists()

@@ -265,7 +265,7 @@ def test_pickle_is_refused_without_reading_it(tmp_path: Path) -> None:
     assert "can contain Python objects, which run code when they are read" in message(tmp_path / "data.pkl")
 
 
-def test_limit_keeps_the_first_training_images_of_each_class_and_all_others() -> None:
+def test_limit_keeps_the_first_training_images_and_all_validation_and_test_images() -> None:
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
     learn = ImageSet(images, torch.tensor([2, 0, 0, 2, 2, 0, 1, 0, 2, 2]))
     data = DataSet("x", ("a", "b", "c"), learn, learn, learn, known_as="the data")
