@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--openapi", action="store_true", help="print the OpenAPI document and exit")
     settings = parser.add_argument_group("settings")
     settings.add_argument(
-        "--model", action="append", type=_not_empty, metavar="NAME=PATH", help="a model to serve (see --models)"
+        "--model", action="append", type=_not_empty, metavar="NAME[=PATH]", help="a model to serve (see --models)"
     )
     for name, field in Settings.model_fields.items():
         text = (field.description or "").replace("%", "%%")

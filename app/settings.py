@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL, LONGEST_TIMEOUT, SHORTEST_TIMEOUT
 from model.compiled.private_cache import default_cache
-from model.spec import SHIPPED, SHIPPED_FAST
+from model.spec import SHIPPED, SHIPPED_FAST, SHIPPED_MODELS
 
 PREFIX = "UNFOG_"
 KEYS_VARIABLE = "UNFOG_API_KEYS"
@@ -82,12 +82,17 @@ def _rate_limits(value: Any) -> Any:
 
 
 def _models(value: Any) -> Any:
-    """Parses comma-separated models such as `digits=digits.safetensors,cars=cars.safetensors`."""
+    """Parses comma-separated models such as `letters,cars=cars.safetensors`. A name alone is a shipped model."""
     if not isinstance(value, str):
         return value
     models: dict[str, Path] = {}
     for part in _parts(value):
-        name, _, path = part.partition("=")
+        name, equals, path = part.partition("=")
+        if not equals:
+            if name not in SHIPPED_MODELS:
+                shipped = ", ".join(SHIPPED_MODELS)
+                raise ValueError(f"{part!r} is not a shipped model ({shipped}). Use the form NAME=PATH for another one")
+            path = str(SHIPPED_MODELS[name])
         if not path.strip():
             raise ValueError(f"{part!r} has no path. Use the form NAME=PATH")
         if not _MODEL_NAME.fullmatch(name):
@@ -175,9 +180,9 @@ class Settings(BaseSettings):
     )
 
     models: Models = Field(default_factory=dict)
-    """models to serve, as NAME=PATH of a .safetensors file, separated by commas. The first one is the default. They can
-    have different classes, sizes and colours. The flag --model NAME=PATH adds one model and can be repeated
-    (default: the models of UNFOG_CHECKPOINT and UNFOG_FAST_CHECKPOINT)"""
+    """models to serve, separated by commas. Each is NAME=PATH of a .safetensors file, or the name of a shipped model:
+    default, fast or letters. The first one is the default. They can have different classes, sizes and colours. The flag
+    --model adds one model and can be repeated (default: the models of UNFOG_CHECKPOINT and UNFOG_FAST_CHECKPOINT)"""
     checkpoint: Path = SHIPPED
     """checkpoint of the model `default`, a .safetensors file, without UNFOG_MODELS (default: the checkpoint shipped
     with unfog)"""

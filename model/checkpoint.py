@@ -53,6 +53,7 @@ MAX_TABLE = 2**26  # limit of values in the result of UNet.condition_table()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # permitted types of stored weights
 METADATA_KEY = "unfog"
 MAX_HEADER_BYTES = 1 << 20
+Normalisation = Literal["auto", "mnist", "none"]
 # The oldest files lack prediction, steps, training and guidance_by_sampler, so those are optional.
 REQUIRED = ("unet", "schedule", "class_names", "guidance", "samplers", "probe")
 
@@ -90,7 +91,7 @@ class CheckpointConfig:
     probe: Probe = Probe()
     # How pictures become images. mnist: drawings are normalised as in MNIST. none: only resized. auto: mnist for grey
     # digits of 28 x 28 pixels, because the oldest files lack this field.
-    normalisation: Literal["auto", "mnist", "none"] = "auto"
+    normalisation: Normalisation = "auto"
 
     def __post_init__(self) -> None:
         _check_size(self.unet)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.files import write_atomically
 from model.png import MAX_SCALE, SOFTWARE, Provenance, ProvenanceError, encode_pixels
-from model.spec import SAMPLERS, SHIPPED, SHIPPED_FAST
+from model.spec import SAMPLERS, SHIPPED_MODELS
 from scripts.common.drawing import DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError
 from scripts.common.pictures import arrange
@@ -101,7 +101,7 @@ def checkpoint_of(original: Original, given: Path | None) -> Path:
     Raises ScriptError if none of them has the digest of the picture, and OSError.
     """
     wanted = original.provenance.model_sha256
-    digests = {path: _sha256(path) for path in ([given] if given else [SHIPPED, SHIPPED_FAST])}
+    digests = {path: _sha256(path) for path in ([given] if given else SHIPPED_MODELS.values())}
     for path, digest in digests.items():
         if digest == wanted:
             return path

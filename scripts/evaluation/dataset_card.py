@@ -12,7 +12,7 @@ from model.checkpoint import Checkpoint
 from model.clip import name_without_folders
 from model.png import SOFTWARE
 from model.prompts import default_prompt
-from model.spec import SHIPPED, SHIPPED_FAST
+from model.spec import SHIPPED_MODELS
 from scripts.common.drawing import DrawingRequest
 from scripts.common.mnist import NUM_CLASSES
 from scripts.evaluation.dataset_files import IDX
@@ -21,7 +21,7 @@ from scripts.evaluation.parquet import CLASS_NAMES, SPLIT_FILES, features_of
 CARD = "README.md"
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}  # upper limit -> category
 # Path of a shipped checkpoint -> its path in the repository, such as model/weights/default.safetensors.
-SHIPPED_NAMES = {path.resolve(): "/".join(path.parts[-3:]) for path in (SHIPPED, SHIPPED_FAST)}
+SHIPPED_NAMES = {path.resolve(): "/".join(path.parts[-3:]) for path in SHIPPED_MODELS.values()}
 # Fields of DrawingRequest that do not change the images, or that command_of writes from the facts.
 NOT_COPIED = ("checkpoint", "seed", "batch_size", "compile", "num_threads")
 FORMS = {

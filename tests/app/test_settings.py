@@ -7,7 +7,7 @@ import pytest
 from pydantic import SecretStr
 
 from app.settings import RateLimit, Settings, SettingsError, load_settings, unknown_variables
-from model.spec import SHIPPED, SHIPPED_FAST
+from model.spec import SHIPPED, SHIPPED_FAST, SHIPPED_LETTERS, SHIPPED_MODELS
 
 
 @pytest.fixture(autouse=True)
@@ -387,3 +387,32 @@ def test_error_about_an_invalid_api_key_does_not_contain_it() -> None:
     with pytest.raises(SettingsError) as error:
         load_settings({"api_keys": "hunter2 hunter3"})
     assert "hunter" not in str(error.value)
+
+
+def test_models_are_paths_or_the_names_of_shipped_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNFOG_MODELS", "letters, cars=/models/cars.safetensors,default")
+    assert list(load_settings().model_paths.items()) == [
+        ("letters", SHIPPED_LETTERS),
+        ("cars", Path("/models/cars.safetensors")),
+        ("default", SHIPPED),
+    ]
+
+
+def test_every_shipped_model_is_a_file() -> None:
+    assert all(path.is_file() for path in SHIPPED_MODELS.values())
+    assert {"default": SHIPPED, "fast": SHIPPED_FAST, "letters": SHIPPED_LETTERS} == SHIPPED_MODELS
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("cars", "'cars' is not a shipped model (default, fast, letters). Use the form NAME=PATH for another one"),
+        ("cars=", "'cars=' has no path"),
+        ("two words=x.safetensors", "'two words' is not a name of 1 to 64 letters"),
+        ("fast,fast=x.safetensors", "two models have the name 'fast'"),
+    ],
+)
+def test_invalid_models_give_an_error_with_the_reason(monkeypatch: pytest.MonkeyPatch, value: str, reason: str) -> None:
+    monkeypatch.setenv("UNFOG_MODELS", value)
+    with pytest.raises(SettingsError, match=re.escape(reason)):
+        load_settings()

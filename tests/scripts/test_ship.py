@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from model.checkpoint import Probe, draw_probe, load, save
+from model.checkpoint import CheckpointConfig, Probe, draw_probe, load, save
+from model.schedule import ScheduleConfig
 from model.spec import Guidance
 from scripts import ship
 from scripts.training.recipe import load_recipe
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
+from tests.tiny import tiny_unet
 
 
 def evaluation_of(
@@ -147,3 +149,16 @@ def test_too_large_checkpoint_is_rejected(
     with pytest.raises(SystemExit):
         ship.main([str(source), f"--out={tmp_path / 'out.safetensors'}"])
     assert "more than" in capsys.readouterr().err
+
+
+def test_normalisation_of_handwriting_is_stored_and_refused_for_other_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = save_tiny_checkpoint(tmp_path / "tiny.safetensors"), tmp_path / "out.safetensors"
+    ship.main([str(source), f"--out={out}", "--normalisation=none"])
+    assert load(out).config.normalisation == "none"
+    network = tiny_unet(image_size=12)
+    save(source, network, CheckpointConfig(network.config, ScheduleConfig()))
+    with pytest.raises(SystemExit):
+        ship.main([str(source), f"--out={out}", "--normalisation=mnist"])
+    assert "normalisation can be mnist only for grey images of 28x28 pixels" in capsys.readouterr().err
