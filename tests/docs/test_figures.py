@@ -10,7 +10,7 @@ import pytest
 from model.checkpoint import load
 from model.clip_guidance import START, STOP
 from model.prompts import LEAST_SHARE
-from model.spec import EMBEDDED, SHIPPED, SHIPPED_FAST
+from model.spec import EMBEDDED, SHIPPED, SHIPPED_FAST, SHIPPED_LETTERS
 from scripts.benchmark.endurance import problem_in
 from scripts.benchmark.page import page_of, table_in
 from scripts.common.mnist import load_mnist
@@ -356,3 +356,18 @@ def test_endurance_figures_match_the_results_and_show_no_leak() -> None:
         row = [label, f"{before[name]:.0f}", under_load, f"{after[name]:.0f}", f"{found[f'{name}_an_hour']:.1f}"]
         assert as_written(row) in section
     assert problem_in(found) is None
+
+
+def test_table_of_letters_matches_its_evaluations_and_the_shipped_checkpoint() -> None:
+    evaluations = [read_evaluation(RESULTS / f"letters/{name}.json") for name in ("ddpm", "dpmpp")]
+    columns = [*map(as_column, evaluations), as_column(evaluations[0], real=True)]
+    rows = [cells(line) for line in (DOCS / "letters.md").read_text("utf-8").splitlines() if line.startswith("|")]
+    renamed = {"worst digit": "worst class", "ratio to real digits": "ratio to real images"}
+    for name in columns[0]:
+        assert [renamed.get(name, name), *(column[name] for column in columns)] in rows
+    loaded = load(SHIPPED_LETTERS)
+    assert loaded.config.training["evaluation"] == evaluations
+    for evaluation in evaluations:
+        sampler, guidance = evaluation["options"]["sampler"], evaluation["options"]["guidance"]
+        assert evaluation["weights_sha256"] == loaded.weights_sha256
+        assert guidance == asdict(loaded.config.guidance_of(sampler))

@@ -80,8 +80,7 @@ def test_every_command_of_the_document_is_run_here_or_installs() -> None:
     own = [*FEW, "scripts/serve --model", "curl "]
     others = [each for each in COMMANDS if not each.startswith(tuple(own))]
     assert others == [
-        "scripts/serve --help",
+        "scripts/serve --install train",
         ". .venv/bin/activate",
-        "pip install -c constraints.txt -e '.[train]'",
         "pip install -c constraints.txt -e '.[evaluate]'",
     ]

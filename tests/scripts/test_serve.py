@@ -173,6 +173,21 @@ def test_help_prints_the_usage_and_installs_nothing(project: Project, flag: str)
     assert not project.venv.exists()
 
 
+def test_install_installs_the_extras_and_does_not_start_the_service(project: Project) -> None:
+    assert project.run("--install", "train,evaluate")[:2] == (0, "")
+    assert any(".[train,evaluate]" in install[-1] for install in project.installs)
+    count = len(project.installs)
+    project.serve()
+    assert len(project.installs) == count  # the service needs no more
+
+
+@pytest.mark.parametrize("arguments", [["--install", "train; ls"], ["--install", "train", "evaluate"]])
+def test_wrong_extras_are_refused_before_the_installation(project: Project, arguments: list[str]) -> None:
+    status, _, error = project.run(*arguments)
+    assert (status, project.installs) == (2, [])
+    assert "--install takes the names of extras, separated by commas, such as train,evaluate" in error
+
+
 def test_service_runs_in_the_current_folder_of_the_caller(project: Project) -> None:
     (project.bin / "app").mkdir()
     (project.bin / "app" / "__main__.py").write_text("raise SystemExit('the wrong app')")
