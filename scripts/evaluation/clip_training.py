@@ -55,7 +55,7 @@ def train_and_save_clip(folder: Path, data_dir: Path, reporter: Reporter, *, epo
     learn, choose = split_validation(*train)
     model = open_clip.CLIP(**MODEL)
     tokens = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])(CAPTIONS)
-    train_clip(model, tokens, learn, reporter, epochs=epochs, seed=seed)
+    train_clip(model, tokens, ImageSet(*learn), reporter, epochs=epochs, seed=seed)
     data = f"MNIST, training split less the last {len(choose[0])} images"
     facts: dict[str, Any] = {"data": data, "epochs": epochs, "seed": seed}
     save_clip(folder, model, tokens, facts)
@@ -72,7 +72,7 @@ def train_and_save_clip(folder: Path, data_dir: Path, reporter: Reporter, *, epo
 def train_clip(
     model: nn.Module,
     tokens: Tensor,
-    learn: tuple[Tensor, Tensor],
+    learn: ImageSet,
     reporter: Reporter,
     *,
     epochs: int,
@@ -83,9 +83,9 @@ def train_clip(
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(seed))
 
     def loss_of(rows: Tensor) -> Tensor:
-        return _pair_loss(model, tokens, make_scene(learn[0][rows], learn[1][rows], diffusion))
+        return _pair_loss(model, tokens, make_scene(learn.images[rows], learn.labels[rows], diffusion))
 
-    batches = Batches(len(learn[0]), batch_size, epochs, diffusion.generator)
+    batches = Batches(len(learn), batch_size, epochs, diffusion.generator)
     optimizer = torch.optim.AdamW(model.parameters(), lr=MAX_LR, weight_decay=WEIGHT_DECAY)
     fit(model, loss_of, batches, optimizer, reporter, title="training a CLIP model", warm_up=0.1)
 

@@ -39,7 +39,14 @@ def test_json_contains_all_options_and_the_model(generated: dict[str, Any], chec
     fields = {name: value for name, value in generated.items() if name not in ("images", "timing")}
     without_clip = {"clip_guidance_scale": 0.0, "clip_prompt": None, "clip": None, "warning": None}
     model = {"name": "default", "sha256": sha256}
-    assert fields == {**BODY, "label": "7", "model": model, "evaluations": EVALUATIONS, **without_clip}
+    assert fields == {
+        **BODY,
+        "label": "7",
+        "labels": ["7"] * 5,
+        "model": model,
+        "evaluations": EVALUATIONS,
+        **without_clip,
+    }
     assert [set(image) for image in generated["images"]] == [{"index", "png"}] * 5
     assert [image["index"] for image in generated["images"]] == [0, 1, 2, 3, 4]
 

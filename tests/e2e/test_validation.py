@@ -184,9 +184,21 @@ def test_defaults_are_as_documented(service: Service) -> None:
     del response["seed"], response["timing"], response["model"]
     (image,) = response.pop("images")
     assert image["index"] == 0
-    expected = {"label": "3", "digit": 3, "count": 1, "num_steps": 100, "sampler": "ddpm", "guidance_scale": 2.0}
+    expected = {
+        "label": "3",
+        "digit": 3,
+        "count": 1,
+        "num_steps": 100,
+        "sampler": "ddpm",
+        "guidance_scale": 2.0,
+    }
     without_clip = {"clip_guidance_scale": 0.0, "clip_prompt": None, "clip": None, "warning": None}
-    assert response == {**expected, **without_clip, "evaluations": 100 + 61}  # guidance acts at t = 20 to 80
+    assert response == {
+        **expected,
+        "labels": ["3"],
+        **without_clip,
+        "evaluations": 100 + 61,
+    }  # guidance acts at t = 20 to 80
 
 
 def test_largest_request_succeeds(service: Service) -> None:

@@ -22,7 +22,7 @@ from scripts.common import drawing
 from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.common.progress import Reporter
 from scripts.evaluation import dataset
-from scripts.evaluation.classifiers import Classifier, Trained
+from scripts.evaluation.classifiers import DIGITS_SHAPE, Classifier, Trained
 from scripts.evaluation.parquet import FILE, find_parquet, read_parquet
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
@@ -50,7 +50,7 @@ class FakeJudge(Classifier):
     """Gives each digit 0.1 for images with an even sum of pixels, and digit 0 almost 1 for the others."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Sequential(), dropout=0)
+        super().__init__(nn.Sequential(), 0, DIGITS_SHAPE)
         self.head = nn.Linear(1, 10, bias=False)
         with torch.no_grad():
             self.head.weight.copy_(torch.tensor([20.0, *[0.0] * 9])[:, None])
