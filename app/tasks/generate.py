@@ -76,14 +76,16 @@ def _one_of_each(info: ModelInfo, fields: GenerateFields, labels: Sequence[str |
 
 
 def _task_of(info: ModelInfo, fields: SamplingFields, options: Options, images: Sequence[ImageKey]) -> Task:
+    labels: list[int | None] = [image.label for image in images] or [options.label] * fields.count
     job = JobRequest(
         options,
-        len(images) or fields.count,
+        len(labels),
         timeout=fields.timeout_seconds,
         guided_steps=info.guided_steps_of(options),
         images=tuple(images),
     )
-    return Task(info, job, num_steps=options.num_steps, scale=fields.scale, facts=NO_CLIP)
+    facts = {"labels": [info.name_of(label) for label in labels], **NO_CLIP}
+    return Task(info, job, num_steps=options.num_steps, scale=fields.scale, facts=facts)
 
 
 def with_clip(task: Task, clip: ClipInfo, text: Embeddings, evaluations: int, warning: str | None) -> Task:

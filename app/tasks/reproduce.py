@@ -111,18 +111,13 @@ def _check_clip(provenance: Provenance, clip: ClipInfo | None) -> None:
 def _task_of(provenance: Provenance, info: ModelInfo, indices: range, timeout: float | None) -> Task:
     """Returns the task of a picture. Raises PictureError for values that generation or the model do not permit."""
     seed, clip, names = provenance.seed, dict[str, Any](), provenance.labels
-    named: dict[str, Any] = {"count": len(indices), "digit" if provenance.has_digits else "label": names[0]}
-    if provenance.has_digits:
-        named["digit"] = int(names[0])
-    if provenance.one_each:
-        named = {"labels": list(names)}
     if provenance.clip:
         clip["clip_guidance_scale"] = provenance.clip.scale
         if provenance.clip.prompt is not None:
             clip["clip_prompt"] = provenance.clip.prompt
     try:
         fields = GenerateFields(
-            **named,
+            **_classes_of(provenance, len(indices)),
             seed=seed,
             num_steps=provenance.num_steps,
             sampler=provenance.sampler,  # type: ignore[arg-type] # pydantic checks it
@@ -140,6 +135,14 @@ def _task_of(provenance: Provenance, info: ModelInfo, indices: range, timeout: f
     except FieldError as error:
         raise _not_permitted(error.field, error.message) from error
     return replace(task, job=replace(task.job, timeout=timeout))
+
+
+def _classes_of(provenance: Provenance, count: int) -> dict[str, Any]:
+    """Returns the fields of a request that name the classes and the number of the images."""
+    if provenance.one_each:
+        return {"labels": list(provenance.labels)}
+    name = provenance.labels[0]
+    return {"count": count} | ({"digit": int(name)} if provenance.has_digits else {"label": name})
 
 
 def _not_permitted(field: str, message: str) -> PictureError:

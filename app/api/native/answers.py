@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from app.api.http.media_types import JSON, PNG, ZIP
 from app.api.native.events import UnfogEvents
@@ -31,16 +31,10 @@ class ImagesFormat:
         encode = {PNG: encode_sheet, ZIP: encode_zip}[media_type]
         return encode(images, provenance, task.scale)
 
-    def _class_facts(self, task: Task, job: Job) -> dict[str, Any]:
-        facts = task.class_facts(job.label)
-        if "labels" in self.schema.model_fields:
-            facts["labels"] = task.label_names or [facts["label"]] * task.job.count
-        return facts
-
     def _encode_json(self, task: Task, job: Job, images: list[Pixels], provenance: Provenance) -> bytes:
         pngs, options = encode_images(images, provenance, task.scale), task.options
         response = self.schema(
-            **self._class_facts(task, job),
+            **task.class_facts(job.label),
             count=task.job.count,
             seed=options.seed,
             num_steps=task.num_steps,
