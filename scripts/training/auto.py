@@ -8,7 +8,7 @@ from scripts.common.data.data_set import DataSet
 
 AUTO = "auto"  # the name of the preset
 BATCH, SMALLEST_BATCH = 128, 16
-NUM_BATCHES = 10  # at least this number of steps in an epoch, with smaller batches for few images
+FEWEST_STEPS = 1500  # in the whole training, with smaller batches for few images or epochs
 IMAGES_TO_SEE = 600_000  # training images, counted in each epoch; MNIST's preset sees 1,650,000
 FEWEST_EPOCHS, MOST_EPOCHS = 20, 150
 WARM_UP_SHARE, WARM_UP_STEPS = 0.1, 500
@@ -19,11 +19,11 @@ THREE_LEVELS_UNIT = 8  # with a third level, the size must be a multiple of it
 def choices_for(data: DataSet, epochs: int | None = None) -> dict[str, Any]:
     """Returns the values of a recipe that follow from the data. `epochs` is given or chosen."""
     num_images, (_, size, _) = len(data.learn), data.image_shape
+    epochs = epochs or min(max(round(IMAGES_TO_SEE / num_images), FEWEST_EPOCHS), MOST_EPOCHS)
     batch = BATCH
-    while batch > SMALLEST_BATCH and batch * NUM_BATCHES > num_images:
+    while batch > SMALLEST_BATCH and batch * FEWEST_STEPS > num_images * epochs:
         batch //= 2
     batch = min(batch, num_images)
-    epochs = epochs or min(max(round(IMAGES_TO_SEE / num_images), FEWEST_EPOCHS), MOST_EPOCHS)
     num_steps = epochs * (num_images // batch)
     has_classes = len(data.class_names) > 1
     # Guidance moves an image away from the mean of all classes. With one class, there is nothing to move away from.

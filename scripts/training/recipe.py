@@ -120,8 +120,7 @@ def load_recipe(preset: str, data: DataSet | None = None, epochs: int | None = N
     """Returns the recipe of a preset, or of a file if `preset` ends in .toml. AUTO chooses it for the data.
 
     The size, the colours and the number of classes are those of the data if it is given. `epochs` replaces the number
-    of epochs. Raises ScriptError if the
-    recipe is invalid, or does not fit the data.
+    of epochs. Raises ScriptError if the recipe is invalid, or does not fit the data.
     """
     if preset == AUTO and data:
         values = _merge(_read("default", depth=0), choices_for(data, epochs))

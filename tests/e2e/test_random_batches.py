@@ -1,16 +1,22 @@
 """Random requests give the same bytes with one row per step and in random batches."""
 
 import random
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from model.checkpoint import CheckpointConfig, save
 from model.precision import can_compile
+from model.schedule import ScheduleConfig
 from model.spec import SHIPPED
-from tests.e2e.conftest import Start, start_service
+from model.unet import UNet
+from tests.e2e.conftest import GUIDANCE, Start, start_service
 from tests.e2e.service import Service
+from tests.tiny import tiny_unet
 
 CLIENTS, ENOUGH_ROWS = 64, 16
 REQUEST_TIMEOUT = 600  # seconds
@@ -22,23 +28,36 @@ BATCHED = (  # settings and the minimum of mean rows per step
     ({"UNFOG_MAX_BATCH": "23", "UNFOG_NUM_THREADS": "2"}, ENOUGH_ROWS),
 )
 Body = dict[str, Any]
+NUM_CLASSES = {"default": 10, "fast": 10, "letters": 26, "objects": 12}
 
 
-def requests(number: int, steps: tuple[int, int], models: tuple[str, ...]) -> list[Body]:
-    """Returns distinct requests of one image each."""
+def requests(number: int, steps: tuple[int, int], models: Sequence[str]) -> list[Body]:
+    """Returns distinct requests of one image each, for random ones of these models."""
     choose = random.Random(4)
-    return [
-        {
-            "digit": choose.randrange(10),
-            "seed": seed,
-            "num_steps": choose.randint(*steps),
-            "sampler": choose.choice(["ddpm", "ddim", "dpmpp"]),
-            "guidance_scale": choose.choice([1, 1.5, 3]),
-        }
-        if choose.choice(models) == "default"
-        else {"digit": choose.randrange(10), "seed": seed, "model": "fast"}
-        for seed in range(number)
-    ]
+    bodies = []
+    for seed in range(number):
+        name = choose.choice(models)
+        body = {"model": name, "label": choose.randrange(NUM_CLASSES[name]), "seed": seed}
+        if name != "fast":  # its number of steps is fixed
+            body["num_steps"] = choose.randint(*steps)
+            body["sampler"] = choose.choice(["ddpm", "ddim", "dpmpp"])
+            body["guidance_scale"] = choose.choice([1, 1.5, 3])
+        bodies.append(body)
+    return bodies
+
+
+def save_random_network(folder: Path, name: str, network: UNet) -> str:
+    """Saves a network as a model of `name`, and returns it in the form of UNFOG_MODELS."""
+    classes = tuple(f"{name} {i}" for i in range(network.config.num_classes))
+    config = CheckpointConfig(
+        network.config, ScheduleConfig(), class_names=classes, guidance=GUIDANCE, training={"label_drop": 0.1}
+    )
+    save(folder / f"{name}.safetensors", network, config)
+    return f"{name}={folder / name}.safetensors"
+
+
+def objects() -> UNet:
+    return tiny_unet(seed=6, image_size=32, image_channels=3, num_classes=NUM_CLASSES["objects"])
 
 
 def generate(service: Service, bodies: list[Body], order: int) -> tuple[list[bytes], float]:
@@ -66,18 +85,39 @@ def test_100_images_are_the_same_in_random_batches(start: Start) -> None:
     assert num_equal(batched, alone) == len(bodies)
 
 
+def test_images_of_models_of_different_shapes_are_the_same_in_random_batches(
+    start: Start, checkpoint: Path, tmp_path: Path
+) -> None:
+    letters = save_random_network(tmp_path, "letters", tiny_unet(seed=5, num_classes=NUM_CLASSES["letters"]))
+    models = f"default={checkpoint},{letters},{save_random_network(tmp_path, 'objects', objects())}"
+    bodies = requests(90, steps=(3, 12), models=("default", "letters", "objects"))
+    settings = {"UNFOG_MODELS": models, "UNFOG_REQUEST_TIMEOUT": str(REQUEST_TIMEOUT)}
+    alone, rows = generate(start(UNFOG_MAX_BATCH="1", **settings), bodies, order=0)
+    assert rows == 1
+    assert len(set(alone)) == len(bodies)
+    batched, rows = generate(start(UNFOG_MAX_BATCH="64", **settings), bodies, order=1)
+    assert rows >= ENOUGH_ROWS / 3
+    assert num_equal(batched, alone) == len(bodies)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("compile_", ["on", "off"])
-def test_500_images_of_the_shipped_models_are_the_same_in_random_batches(compile_: str) -> None:
+def test_500_images_of_four_models_are_the_same_in_random_batches(compile_: str, tmp_path: Path) -> None:
     if compile_ == "on" and not can_compile():
         pytest.skip("needs a C++ compiler")
-    bodies = requests(500, steps=(20, 100), models=("default", "default", "default", "fast"))
+    bodies = requests(500, steps=(20, 100), models=("default", "default", "default", "fast", "letters", "objects"))
+    models = f"default,fast,letters,{save_random_network(tmp_path, 'objects', objects())}"
     with ExitStack() as stack:
 
         def service(**variables: str) -> Service:
             return start_service(
-                stack, SHIPPED, UNFOG_COMPILE=compile_, UNFOG_REQUEST_TIMEOUT=str(REQUEST_TIMEOUT), **variables
+                stack,
+                SHIPPED,
+                UNFOG_MODELS=models,
+                UNFOG_COMPILE=compile_,
+                UNFOG_REQUEST_TIMEOUT=str(REQUEST_TIMEOUT),
+                **variables,
             )
 
         alone, rows = generate(service(UNFOG_MAX_BATCH="1", UNFOG_NUM_THREADS="1"), bodies, order=0)

@@ -494,7 +494,18 @@ def test_recipe_for_own_pictures_is_valid_for_every_size(size: int, levels: int)
     images = ImageSet(torch.zeros(300, 3, size, size, dtype=torch.uint8), torch.arange(300) % 2)
     recipe = load_recipe("auto", DataSet("x", ("a", "b"), images, images, images))
     assert (recipe.unet.image_size, len(recipe.unet.widths)) == (size, levels)
-    assert recipe.batch_size * 10 <= 300
+
+
+@pytest.mark.parametrize(
+    ("num_images", "epochs", "batch_size"),
+    [(50_000, None, 128), (5400, None, 128), (5400, 20, 64), (1000, None, 64), (200, None, 16), (10, 1, 10)],
+)
+def test_recipe_for_own_pictures_has_enough_steps_for_few_images(
+    num_images: int, epochs: int | None, batch_size: int
+) -> None:
+    images = ImageSet(torch.zeros(1, 1, 28, 28).expand(num_images, -1, -1, -1), torch.zeros(num_images).long())
+    recipe = load_recipe("auto", DataSet("x", ("a",), images, images, images), epochs)
+    assert recipe.batch_size == batch_size
 
 
 def test_recipe_for_one_class_has_no_guidance() -> None:
