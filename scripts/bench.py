@@ -43,7 +43,7 @@ from scripts.benchmark.profile import measure_profile
 from scripts.benchmark.streams import measure_streams
 from scripts.benchmark.training import measure_training
 from scripts.benchmark.versions import measure_versions
-from scripts.common.arguments import Parser, file_to_write, integer, positive
+from scripts.common.arguments import Parser, file_to_write, integer, positive, setting
 from scripts.common.errors import reports_errors
 from scripts.common.progress import Reporter, require_installed
 
@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace, reporter: Reporter) -> None:
         case "memory":
             measure_memory(args.out, reporter)
         case "versions":
-            measure_versions(args.base, args.pairs, args.seconds, args.out, reporter)
+            measure_versions(args.base, dict(args.setting), args.pairs, args.seconds, args.out, reporter)
         case "streams":
             measure_streams(args.pairs, args.seconds, args.out, reporter)
         case "host":
@@ -183,7 +183,18 @@ def build_parser() -> Parser:
     )
     endurance.add_argument("--minutes", type=positive, default=60.0, help="minutes of load; default: 60")
     versions.add_argument(
-        "--base", type=Path, required=True, help="folder of the other version, such as a git worktree"
+        "--base",
+        type=Path,
+        required=True,
+        help="folder of the other version, such as a git worktree, or . for this one",
+    )
+    versions.add_argument(
+        "--setting",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of this version only, such as UNFOG_MODELS=default,letters; can be repeated",
     )
     for command in (versions, streams):
         command.add_argument("--pairs", type=integer(1, 100), default=5, help="pairs of measurements; default: 5")

@@ -16,8 +16,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from model.files import write_json
@@ -75,10 +76,13 @@ class _Reading:
         return count / (self.seconds - start.seconds), rows / steps
 
 
-def measure_versions(base: Path, num_pairs: int, seconds: float, out: Path, reporter: Reporter) -> None:
+def measure_versions(
+    base: Path, settings: Mapping[str, str], num_pairs: int, seconds: float, out: Path, reporter: Reporter
+) -> None:
     """Compares the version in the working folder with the version in `base`, writes the results and prints the table.
 
-    Each version is measured for `seconds` per pair. Raises ScriptError if `base` is not a version of the service.
+    Only the version in the working folder has the `settings`. Each version is measured for `seconds` per pair. Raises
+    ScriptError if `base` is not a version of the service.
     """
     if not (base / "app").is_dir():
         raise ScriptError(f"--base {base} is not a version of the service: it has no folder app")
@@ -87,20 +91,22 @@ def measure_versions(base: Path, num_pairs: int, seconds: float, out: Path, repo
     def report(row: dict[str, Any]) -> None:
         rows.append(row)
         reporter.line(f"{row['load']}, pair {row['pair'] + 1}: {row[NEW] / row[BASE]:.3f}")
-        write_json(out, {"machine": this_machine().as_json(), "seconds_in_a_pair": seconds, "rows": rows})
+        facts = {"machine": this_machine().as_json(), "seconds_in_a_pair": seconds, "settings_of_new": settings}
+        write_json(out, facts | {"rows": rows})
 
-    contestants = version(BASE, base), version(NEW, Path.cwd())
+    contestants = version(BASE, base), version(NEW, Path.cwd(), settings)
     compare_versions(*contestants, version_loads(), num_pairs, seconds, report)
     reporter.line(as_table(COLUMNS, versions_table(rows)))
 
 
-def version(name: str, folder: Path) -> Contestant:
-    """Returns the version of the service in a folder.
+def version(name: str, folder: Path, settings: Mapping[str, str] = MappingProxyType({})) -> Contestant:
+    """Returns the version of the service in a folder, with further settings.
 
     The number of compute threads is fixed. Otherwise a suspended service would measure its pause as time in which its
     core was busy, and would use fewer threads.
     """
-    return this_service(name, folder, num_threads=str(len(os.sched_getaffinity(0))))
+    service = this_service(name, folder, num_threads=str(len(os.sched_getaffinity(0))))
+    return replace(service, variables={**service.variables, **settings})
 
 
 def compare_versions(

@@ -119,6 +119,14 @@ def clip_prompt(text: str) -> str:
     return text
 
 
+def setting(text: str) -> tuple[str, str]:
+    """Parses NAME=VALUE, the name and the value of an environment variable of the service."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.startswith("UNFOG_"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a setting, such as UNFOG_MAX_BATCH=8")
+    return name, value
+
+
 def _number(text: str) -> float:
     """Returns the number, or NaN if the text is not a number. NaN fails every range check."""
     try:

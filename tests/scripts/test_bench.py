@@ -96,8 +96,12 @@ def test_versions_compares_two_services(
     monkeypatch.setattr(versions, "TURN_SECONDS", 0.1)
     monkeypatch.setattr(versions, "SPREAD_SECONDS", 0.2)
     out = tmp_path / "versions.json"
-    bench.main(["versions", f"--base={Path.cwd()}", "--pairs=1", "--seconds=2", f"--out={out}"])
+    setting = "--setting=UNFOG_MAX_BATCH=1"
+    bench.main(["versions", f"--base={Path.cwd()}", setting, "--pairs=1", "--seconds=2", f"--out={out}"])
     found = json.loads(out.read_text())["rows"]
+    base_rows, new_rows = found[0]["rows_a_step"]
+    assert base_rows > 1
+    assert new_rows == 1
     assert [row["load"] for row in found] == ["64 x 1 image", "2 x 2 images", "1 x 1 image", "1 x 1 image and 1 x 2"]
     assert all(row["base"] > 0 and row["new"] > 0 for row in found)
     assert "| load | unit | base | new | ratio | rows per step |" in capsys.readouterr().out
@@ -119,6 +123,12 @@ def test_streams_compares_previews_and_batch_events_with_plain_requests(
         "2 x 2 images, batch events",
     ]
     assert "| load | unit | base | new | ratio | rows per step |" in capsys.readouterr().out
+
+
+def test_setting_without_a_name_of_the_service_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["versions", f"--base={tmp_path}", "--setting=8", f"--out={tmp_path / 'versions.json'}"])
+    assert "'8' is not a setting" in capsys.readouterr().err
 
 
 def test_folder_without_a_version_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
