@@ -309,8 +309,8 @@ def _add_pictures(pictures: argparse.ArgumentParser) -> None:
     pictures.add_argument(
         "--num-images",
         type=integer(1, MOST_IMAGES),
-        help="number of images, reduced to equally many of each class, and to at most the number of training images of "
-        f"the smallest class; default: {NUM_IMAGES}",
+        help="number of images; reduced so that all classes have the same number, which is at most the number of "
+        f"training images of the smallest class; default: {NUM_IMAGES}",
     )
     for kind in ("judge", "extractor"):
         pictures.add_argument(
@@ -318,7 +318,11 @@ def _add_pictures(pictures: argparse.ArgumentParser) -> None:
             type=Path,
             help=f"weights of the {kind}, from scripts.train_classifiers; default: train it on --data and cache it",
         )
-    pictures.add_argument("--flip", action="store_true", help="mirror half of the images when the classifiers train")
+    pictures.add_argument(
+        "--flip",
+        action="store_true",
+        help="mirror half of the images while the classifiers train; use it if the model was trained with it",
+    )
     add_drawing_arguments(pictures, seed=0)
 
 

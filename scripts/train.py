@@ -52,7 +52,9 @@ def limited(load: Callable[[], DataSet], limit: int | None) -> DataSet:
 def own_data(path: Path, image_size: int | None, out: Path, reporter: Reporter) -> DataSet:
     """Loads the pictures of the user and says what they are. Raises ScriptError."""
     if path.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ScriptError(f"--out {out} is in the folder of the data, which stays unchanged. Use another folder")
+        raise ScriptError(
+            f"--out {out} is in the folder of the data. Choose another one, because nothing is written into the data"
+        )
     data = load_data(path, reporter, image_size)
     for line in lines_about(data):
         reporter.line(line)

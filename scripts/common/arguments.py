@@ -123,7 +123,7 @@ def setting(text: str) -> tuple[str, str]:
     """Parses NAME=VALUE, the name and the value of an environment variable of the service."""
     name, equals, value = text.partition("=")
     if not equals or not name.startswith("UNFOG_"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a setting, such as UNFOG_MAX_BATCH=8")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a setting. Write it like UNFOG_MAX_BATCH=8")
     return name, value
 
 
@@ -259,8 +259,8 @@ def add_own_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size",
         type=image_size,
         metavar="PIXELS",
-        help=f"width and height of the images of --data, at most {LARGEST_IMAGE}; default: that of the pictures if "
-        f"they are equal squares, otherwise {USUAL_IMAGE}",
+        help=f"width and height of the images of --data: a multiple of {SIZE_UNIT} from 8 to {LARGEST_IMAGE}; default: "
+        f"that of the pictures if they are squares of the same size, otherwise {USUAL_IMAGE}",
     )
 
 

@@ -12,7 +12,7 @@ from scripts.common.progress import Reporter
 from scripts.evaluation.classifier_training import recipe_for, train_and_save
 from scripts.evaluation.classifiers import Trained, load_classifier
 from scripts.evaluation.quality import Evaluator, evaluate_samples
-from scripts.evaluation.samples import NUM_IMAGES, generated_images, references_of, samples_of_drawer
+from scripts.evaluation.samples import NUM_IMAGES, references_of, samples_of_drawer
 
 RELEASE = 1  # part of the cache key; increase it when the training changes, to discard cached classifiers
 
@@ -35,11 +35,15 @@ def evaluate_pictures(
     drawer = open_drawer(request)
     pictures = load_data(data, reporter, drawer.checkpoint.image_shape[1])
     if (pictures.class_names, pictures.image_shape) != (drawer.class_names, drawer.checkpoint.image_shape):
-        shape, names = "x".join(map(str, pictures.image_shape)), pictures.class_names
+        own, learned = (
+            f"{len(names)} classes ({names[0]!a} to {names[-1]!a}) and images of {'x'.join(map(str, shape))}"
+            for names, shape in (
+                (pictures.class_names, pictures.image_shape),
+                (drawer.class_names, drawer.checkpoint.image_shape),
+            )
+        )
         raise ScriptError(
-            f"The checkpoint must have the classes and the image shape of --data: {len(names)} classes of {shape} "
-            f"images from {names[0]!a} to {names[-1]!a}, {generated_images(drawer)} from {drawer.class_names[0]!a} to "
-            f"{drawer.class_names[-1]!a}"
+            f"--data has {own}, but the checkpoint has {learned}. Give the data on which the checkpoint was trained"
         )
     count = count_for(pictures, num_images or NUM_IMAGES, reporter)
     samples = samples_of_drawer(drawer, request, count, reporter)
@@ -56,13 +60,15 @@ def count_for(data: DataSet, wanted: int, reporter: Reporter) -> int:
     names = data.class_names
     learned, held_out = (each.labels.bincount(minlength=len(names)) for each in (data.learn, data.test))
     if not held_out.min():
-        raise ScriptError(f"the class {names[int(held_out.argmin())]!a} has no test image to compare with. Add some")
+        raise ScriptError(
+            f"the class {names[int(held_out.argmin())]!a} has no test image to compare with. Add at least one"
+        )
     if wanted < len(names):
-        raise ScriptError(f"--num-images {wanted}: the {len(names)} classes need at least one image each")
+        raise ScriptError(f"--num-images {wanted} is too small: each of the {len(names)} classes needs an image")
     count = min(wanted // len(names), int(learned.min())) * len(names)
     if count < wanted:
         reporter.line(
-            f"Generating {count:,} images instead of {wanted:,}: equally many of each class, and at most "
+            f"Generating {count:,} images instead of {wanted:,}: the same number of each class, and at most "
             f"{int(learned.min()):,}, the number of training images of {names[int(learned.argmin())]!a}"
         )
     return count

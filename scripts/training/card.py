@@ -65,7 +65,7 @@ def _training(run: Run, num_parameters: int) -> str:
 
 The network has {num_parameters:,} parameters. It was trained for {len(run.results)} epochs with the seed {run.seed}. \
 The checkpoint is that of epoch {best.epoch}, which had the lowest validation loss, {best.validation_loss:.5f}. \
-`losses.csv`{curves} have the losses of all epochs. The recipe, from the preset `{run.preset}`:
+The losses of all epochs are in `losses.csv`{curves}. The recipe, from the preset `{run.preset}`:
 
 ```text
 {recipe}

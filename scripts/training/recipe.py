@@ -132,7 +132,8 @@ def load_recipe(preset: str, data: DataSet | None = None, epochs: int | None = N
         own = values.get("unet", {})
         for name, value in fields.items():
             if own.get(name, value) != value:
-                raise ScriptError(f"{_path(preset)}: unet.{name} is {own[name]}, but the data has {value}. Remove it")
+                wrong = f"unet.{name} is {own[name]}, but the data has {value}"
+                raise ScriptError(f"{_path(preset)}: {wrong}. Remove unet.{name} from the recipe")
         values = {**values, "unet": {**own, **fields}}
     try:
         return Recipe.model_validate(values)

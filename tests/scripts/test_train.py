@@ -417,9 +417,12 @@ def test_preset_gets_the_size_and_the_classes_of_the_data(data_folder: Path, tmp
 @pytest.mark.parametrize(
     ("unet", "message"),
     [
-        ("image_size = 28", "unet.image_size is 28, but the data has 12. Remove it"),
-        ("image_channels = 1", "unet.image_channels is 1, but the data has 3. Remove it"),
-        ("num_classes = 10", "unet.num_classes is 10, but the data has 3. Remove it"),
+        ("image_size = 28", "unet.image_size is 28, but the data has 12. Remove unet.image_size from the recipe"),
+        (
+            "image_channels = 1",
+            "unet.image_channels is 1, but the data has 3. Remove unet.image_channels from the recipe",
+        ),
+        ("num_classes = 10", "unet.num_classes is 10, but the data has 3. Remove unet.num_classes from the recipe"),
     ],
 )
 def test_preset_that_contradicts_the_data_is_refused(
@@ -436,7 +439,7 @@ def test_run_in_the_folder_of_the_data_is_refused(tmp_path: Path, capsys: pytest
     root = write_folder(tmp_path / "data")
     with pytest.raises(SystemExit):
         train.main(own(root / "run", root))
-    assert "is in the folder of the data, which stays unchanged" in capsys.readouterr().err
+    assert "is in the folder of the data. Choose another one" in capsys.readouterr().err
     assert not (root / "run").exists()
 
 

@@ -100,7 +100,7 @@ def load_data(path: Path, reporter: Reporter, image_size: int | None = None) -> 
     labels = torch.tensor([picture.label for picture in source.pictures])
     rows = {split: _rows(source.pictures, split) for split in ("train", "val", "test")}
     if not (len(rows["val"]) or len(rows["test"])):
-        rows["train"], rows["val"] = hold_out(labels, len(source.class_names), str(path))
+        rows["train"], rows["val"] = hold_out(labels, source.class_names, str(path))
     validate = rows["val"] if len(rows["val"]) else rows["test"]
     test = rows["test"] if len(rows["test"]) else rows["val"]
     everything = ImageSet(images, labels)
@@ -132,18 +132,18 @@ def read_source(path: Path) -> Source:
     raise ScriptError(f"{path} is not a folder, a zip file, a Parquet file or an NPZ file")
 
 
-def hold_out(labels: Tensor, num_classes: int, place: str) -> tuple[Tensor, Tensor]:
+def hold_out(labels: Tensor, class_names: Sequence[str], place: str) -> tuple[Tensor, Tensor]:
     """Returns the rows for training and for validation: a share of each class, at least one image.
 
     The choice does not depend on the seed of the training. Raises ScriptError if a class has only one image.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
     held_out = []
-    for label in range(num_classes):
+    for label, name in enumerate(class_names):
         rows = order[labels[order] == label]
         if len(rows) == 1:
             raise ScriptError(
-                f"{place}: a class has only one image. Each class needs at least two: one for training and one to "
+                f"{place}: the class {name!a} has only one image. It needs at least two: one for training and one to "
                 "measure the progress"
             )
         held_out.append(rows[: max(1, round(HELD_OUT_SHARE * len(rows)))])

@@ -32,7 +32,7 @@ def lines_about(data: DataSet) -> Iterator[str]:
     if data.ignored:
         yield f"ignored files that are not pictures: {len(data.ignored)}, such as {data.ignored[0]}"
     if repeated := num_repeated(data.learn, data.validate):
-        yield f"warning: {repeated} of {len(data.validate)} validation images are also in the training images"
+        yield f"warning: {repeated} of {len(data.validate)} validation images are also among the training images"
     smallest, largest = min(counts), max(counts)
     if smallest < FEW_IMAGES:
         name = data.class_names[counts.index(smallest)]
@@ -41,7 +41,10 @@ def lines_about(data: DataSet) -> Iterator[str]:
             "repeats the training images"
         )
     if largest > UNEQUAL * smallest:
-        yield f"warning: the largest class has {largest} images and the smallest {smallest}. The small one looks worse"
+        yield (
+            f"warning: the largest class has {largest} images and the smallest {smallest}. Generated images of small "
+            "classes will look worse"
+        )
 
 
 def num_repeated(one: ImageSet, other: ImageSet) -> int:

@@ -59,11 +59,11 @@ def _files_of(root: Path) -> Iterator[_File]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
             if (Path(folder) / name).is_symlink():
-                raise ScriptError(f"{Path(folder) / name} is a link to a folder. Replace it by the folder itself")
+                raise ScriptError(f"{Path(folder) / name} is a link to a folder. Replace it with the folder itself")
         for name in sorted(names):
             path = Path(folder) / name
             if path.is_symlink() and not path.resolve().is_relative_to(top):
-                raise ScriptError(f"{path} is a link to a file outside of {root}. Replace it by the file itself")
+                raise ScriptError(f"{path} is a link to a file outside {root}. Replace it with the file itself")
             with suppress(FileNotFoundError):  # a link to a file that does not exist
                 yield _File(PurePosixPath(path.relative_to(root).as_posix()), path.stat().st_size, path.read_bytes)
 
@@ -73,11 +73,11 @@ def _source(place: str, files: list[_File]) -> Source:
     pictures = [file for file in visible if file.path.suffix.lower() in SUFFIXES]
     ignored = [str(file.path) for file in visible if file.path.suffix.lower() not in SUFFIXES]
     if not pictures:
-        some = f", but other files, such as {ignored[0]}" if ignored else ""
+        some = f", only other files, such as {ignored[0]}" if ignored else ""
         raise ScriptError(f"{place} has no PNG, JPEG, WebP or GIF files{some}. {LAYOUT}")
     pictures = _without_common_folder(pictures)
     if loose := [file for file in pictures if len(file.path.parts) == 1]:
-        raise ScriptError(f"{place}: the picture {loose[0].path} is in no folder. {LAYOUT}")
+        raise ScriptError(f"{place}: the picture {loose[0].path} is not in the folder of a class. {LAYOUT}")
     has_splits = all(file.path.parts[0].lower() in SPLITS for file in pictures)
     placed = [_placed(file, place, has_splits=has_splits) for file in pictures]
     if has_splits and not any(split == "train" for split, _, _ in placed):
@@ -105,12 +105,12 @@ def _placed(file: _File, place: str, *, has_splits: bool) -> tuple[Split, str, _
     if not has_splits:
         return "train", parts[0], file
     if len(parts) == 2:
-        raise ScriptError(f"{place}: the picture {file.path} is in no folder of a class. {LAYOUT}")
+        raise ScriptError(f"{place}: the picture {file.path} is not in the folder of a class. {LAYOUT}")
     return SPLITS[parts[0].lower()], parts[1], file
 
 
 def _picture(place: str, split: Split, label: int, file: _File) -> Picture:
     name = f"{place}/{file.path}"
     if file.size > MAX_FILE_BYTES:
-        raise ScriptError(f"{name} has {file.size / 2**20:.0f} MiB. At most {MAX_FILE_BYTES // 2**20} are supported")
+        raise ScriptError(f"{name} is {file.size / 2**20:.0f} MiB large. The limit is {MAX_FILE_BYTES // 2**20} MiB")
     return Picture(name, split, label, file.read)

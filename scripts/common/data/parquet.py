@@ -35,7 +35,7 @@ def read_parquet(files: list[Path]) -> Source:
         split = _split_of(path)
         for number, (content, value) in enumerate(zip(table[image], table[label], strict=True)):
             place = f"{path}, row {number}"
-            known = _label_of(place, value.as_py(), texts)
+            known = _label_of(place, value.as_py(), texts, may_be_text=bool(texts) or not pictures)
             pictures.append(Picture(place, split, known, partial(_bytes_of, place, content)))
     if texts:
         order = sorted(texts)
@@ -65,12 +65,14 @@ def _split_of(path: Path) -> Split:
     return SPLITS.get(path.stem.partition("-")[0].lower(), "train")
 
 
-def _label_of(place: str, value: Any, texts: dict[str, int]) -> int:
+def _label_of(place: str, value: Any, texts: dict[str, int], *, may_be_text: bool) -> int:
     """Returns the number of a label. Texts are numbered in the order in which they occur."""
-    if isinstance(value, str):
+    if isinstance(value, str) and may_be_text:
         return texts.setdefault(value, len(texts))
     if isinstance(value, bool) or not isinstance(value, int) or value < 0 or texts:
-        raise ScriptError(f"{place}: the label {value!r:.60} is not a whole number from 0. Remove the row")
+        raise ScriptError(
+            f"{place}: the label {value!r:.60} cannot be used. Use only texts, or only whole numbers from 0"
+        )
     return value
 
 

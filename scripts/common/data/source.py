@@ -56,7 +56,7 @@ class Picture:
             yield
         except PictureError as error:  # The rest of the message tells a client of the service what to send.
             reason = str(error).partition(". ")[0]
-            raise ScriptError(f"{self.place}: {reason}. Remove the file, or replace it") from error
+            raise ScriptError(f"{self.place}: {reason}. Remove or replace this picture") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,7 +161,7 @@ def test_more_images_than_training_images_are_reduced(
     draws(monkeypatch, of_each_class(data, "test", [0, 1, 2]).repeat(2, 1, 1, 1))
     assert run(folder, tmp_path, "--num-images=5000")["num_images"] == 3 * EACH
     said = capsys.readouterr().out
-    assert "Generating 120 images instead of 5,000: equally many of each class, and at most 40, " in said
+    assert "Generating 120 images instead of 5,000: the same number of each class, and at most 40, " in said
 
 
 def test_own_judge_is_used_and_one_for_other_classes_is_refused(
@@ -191,7 +191,7 @@ def test_checkpoint_with_other_classes_than_the_data_is_refused(
     line = refusal_of(
         capsys, evaluate.main, ["pictures", f"--data={other}", f"--checkpoint={folder / 'tiny.safetensors'}"]
     )
-    assert "image shape of --data: 3 classes of 3x12x12 images from 'blue' to 'violet'" in line
+    assert "--data has 3 classes ('blue' to 'violet') and images of 3x12x12, but the checkpoint has 3 classes ('blue' to 'red')" in line
 
 
 def test_classifier_of_own_data_does_not_overwrite_the_shipped_ones(
@@ -216,7 +216,7 @@ def test_damaged_classifier_in_the_cache_is_trained_again(
     ("counts", "wanted", "message"),
     [
         ((4, 0, 4), 60, "the class 'green' has no test image to compare with"),
-        ((4, 4, 4), 2, "--num-images 2: the 3 classes need at least one image each"),
+        ((4, 4, 4), 2, "--num-images 2 is too small: each of the 3 classes needs an image"),
     ],
 )
 def test_images_that_cannot_be_compared_are_refused(counts: tuple[int, ...], wanted: int, message: str) -> None:

@@ -178,19 +178,19 @@ def huge(root: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda root: broken(root, b""), r"data/cat/0\.png: The file is empty\. Remove the file, or replace it"),
+        (lambda root: broken(root, b""), r"data/cat/0\.png: The file is empty\. Remove or replace this picture"),
         (lambda root: broken(root, encoded(pixels_of(0, 0))[:-30]), r"data/cat/0\.png: .*damaged"),
-        (lambda root: broken(root, b"GIF"), r"data/cat/0\.png: .*\. Remove the file, or replace it"),
+        (lambda root: broken(root, b"GIF"), r"data/cat/0\.png: .*\. Remove or replace this picture"),
         (huge, r"data/cat/0\.png: .*5000 x 1 pixels"),
-        (animated, r"data/cat/0\.gif: The picture is animated\. Remove the file, or replace it"),
-        (linked, r"data/cat/link\.png is a link to a file outside of"),
+        (animated, r"data/cat/0\.gif: The picture is animated\. Remove or replace this picture"),
+        (linked, r"data/cat/link\.png is a link to a file outside "),
         (linked_folder, r"data/eel is a link to a folder"),
-        (lone, r"data: a class has only one image\. Each class needs at least two"),
+        (lone, r"data: the class 'eel' has only one image\. It needs at least two"),
         (same_in_another_case, r"the classes 'CAT' and 'cat' differ only in case\. Rename one of them"),
         (named("a" * 101), r"the class 'a+' needs a name of 1 to \d+ printable characters\. Rename it"),
         (named("a\nb"), r"the class 'a\\nb' needs a name"),
         (named(" "), r"the class ' ' needs a name"),
-        (loose, r"the picture x\.png is in no folder\. Put the pictures of each class into a folder"),
+        (loose, r"the picture x\.png is not in the folder of a class\. Put the pictures of each class into a folder"),
     ],
 )
 def test_bad_folder_is_refused_with_a_sentence_that_names_the_file(
@@ -202,7 +202,7 @@ def test_bad_folder_is_refused_with_a_sentence_that_names_the_file(
 
 def test_folder_without_pictures_is_refused(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").write_text("x")
-    assert "has no PNG, JPEG, WebP or GIF files, but other files, such as readme.txt" in message(tmp_path)
+    assert "has no PNG, JPEG, WebP or GIF files, only other files, such as readme.txt" in message(tmp_path)
     assert "does not exist" in message(tmp_path / "none")
 
 
@@ -232,7 +232,7 @@ def test_zip_bomb_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "bomb.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("cat/0.png", bytes(80 * 2**20))
-    assert "bomb.zip/cat/0.png has 80 MiB. At most 64 are supported" in message(path)
+    assert "bomb.zip/cat/0.png is 80 MiB large. The limit is 64 MiB" in message(path)
 
 
 @pytest.mark.parametrize(
@@ -274,3 +274,30 @@ def test_limit_keeps_the_first_training_images_and_all_validation_and_test_image
     assert limited.learn.labels.tolist() == [2, 0, 0, 2, 1]
     assert limited.validate is limited.test is learn
     assert limited.description == "the data, at most 2 of each class"
+
+
+@pytest.mark.parametrize(("first", "second"), [([0, 1], ["cat", "dog"]), (["cat", "dog"], [0, 1])])
+def test_labels_that_are_numbers_in_one_parquet_file_and_texts_in_another_are_refused(
+    tmp_path: Path, first: list[int | str], second: list[int | str]
+) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    image = encoded(pixels_of(0, 0))
+    for number, labels in enumerate((first, second)):
+        write_table(pa.table({"image": [image] * 2, "label": labels}), tmp_path / f"train-{number}.parquet")
+    assert f"train-1.parquet, row 0: the label {second[0]!r} cannot be used." in message(tmp_path)
+
+
+def test_texts_of_a_parquet_file_become_names_in_alphabetical_order(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    rows = {
+        "image": [encoded(pixels_of(label, i)) for label in (0, 1) for i in (0, 1)],
+        "label": ["eel"] * 2 + ["cat"] * 2,
+    }
+    write_table(pa.table(rows), tmp_path / "train.parquet")
+    data = load(tmp_path)
+    assert data.class_names == ("cat", "eel")
+    assert data.learn.labels.tolist() == [1, 0]
