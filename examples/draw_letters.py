@@ -118,6 +118,8 @@ def main() -> None:
     parser.add_argument("--test-count", type=positive, default=385, help="test pictures of each letter; default: 385")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.out.suffix != ".npz" or not args.out.parent.is_dir():
+        parser.error(f"{args.out} must end in .npz, in a folder that exists")
     fonts = fonts_in(args.fonts)
     if not fonts:
         sys.exit(f"draw_letters: {args.fonts} has no fonts. Install them with: npm install --prefix {args.fonts}")

@@ -130,10 +130,17 @@ def shade(hue: float, saturation: float, value: float) -> Colour:
     return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue % 1, saturation, value))  # type: ignore[return-value]
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(number)
+    return number
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder to make")
-    parser.add_argument("--count", type=int, default=500, help="pictures of each kind; default: 500")
+    parser.add_argument("--count", type=positive, default=500, help="pictures of each kind; default: 500")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     for kind in KINDS:

@@ -368,10 +368,23 @@ def _check_shapes(unet: UNetConfig, shapes: dict[str, tuple[int, ...]]) -> None:
             raise ValueError(f"tensor {name} {found}, but the network needs {tuple(tensor.shape)}")
     if len(shapes) > len(network.state_dict()):
         raise ValueError(f"the network has {len(network.state_dict())} tensors, but the file has {len(shapes)}")
-    table = (unet.num_steps + 1) * (unet.num_classes + 1) * network.condition_proj.out_features
-    if table > MAX_TABLE:
+    _check_table(network)
+
+
+def check_table(unet: UNetConfig) -> None:
+    """Raises ValueError if the conditioning table of the network is too large, before the network needs memory."""
+    with torch.device("meta"), _WithoutCompiler():
+        _check_table(UNet(unet))
+
+
+def _check_table(network: UNet) -> None:
+    unet, width = network.config, network.condition_proj.out_features
+    num_values = (unet.num_steps + 1) * (unet.num_classes + 1) * width
+    if num_values > MAX_TABLE:
+        most = MAX_TABLE // ((unet.num_steps + 1) * width) - 1
         raise ValueError(
-            f"the conditioning table (steps x classes x widths) has {table} values, the limit is {MAX_TABLE}"
+            f"the conditioning table (steps x classes x widths) has {num_values} values, the limit is {MAX_TABLE}. At "
+            f"most {most} classes are possible with these widths"
         )
 
 

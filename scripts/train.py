@@ -4,7 +4,6 @@ Without --data it trains on MNIST, which it downloads. Run the same command agai
 On a CPU, the result has the same bits as an uninterrupted run.
 """
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,19 +12,20 @@ from scripts.common.arguments import (
     add_data_argument,
     add_own_data_arguments,
     add_training_arguments,
+    check_outside,
     from_arguments,
     integer,
 )
 from scripts.common.data.data_set import DataSet, load_data
 from scripts.common.data.first_look import lines_about, save_sheet
-from scripts.common.errors import ScriptError, reports_errors
+from scripts.common.errors import reports_errors
 from scripts.common.mnist import mnist_data
 from scripts.common.progress import Reporter
 from scripts.common.stopping import stops_soon
 from scripts.training.auto import AUTO
 from scripts.training.loop import TrainingRequest, train_on
 from scripts.training.recipe import preset_names
-from scripts.training.run import stop_message
+from scripts.training.run import STATE, stop_message
 
 SHEET = "data.png"
 
@@ -38,28 +38,27 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--image-size needs --data")
     args.preset = args.preset or (AUTO if args.data else "default")
     with Reporter(lambda: stop_message("train", args.out), stop=stops_soon) as reporter:
-        load = partial(own_data, args.data, args.image_size, args.out, reporter)
-        load = load if args.data else partial(mnist_data, args.data_dir)
-        train_on(from_arguments(TrainingRequest, args), partial(limited, load, args.limit), reporter)
+        load = partial(own_data, args.data, args.image_size, args.limit, args.out, reporter)
+        load = load if args.data else partial(mnist, args.data_dir, args.limit)
+        train_on(from_arguments(TrainingRequest, args), load, reporter)
 
 
-def limited(load: Callable[[], DataSet], limit: int | None) -> DataSet:
-    """Loads data, and keeps at most `limit` training images of each class. None means all."""
-    data = load()
+def mnist(folder: Path, limit: int | None) -> DataSet:
+    """Loads MNIST with at most `limit` training images of each class. None means all. Raises ScriptError."""
+    data = mnist_data(folder)
     return data if limit is None else data.limited(limit)
 
 
-def own_data(path: Path, image_size: int | None, out: Path, reporter: Reporter) -> DataSet:
-    """Loads the pictures of the user and says what they are. Raises ScriptError."""
-    if path.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ScriptError(
-            f"--out {out} is in the folder of the data. Choose another one, because nothing is written into the data"
-        )
+def own_data(path: Path, image_size: int | None, limit: int | None, out: Path, reporter: Reporter) -> DataSet:
+    """Loads the pictures of the user like `mnist`, and says what they are. Raises ScriptError."""
+    check_outside(out, path)
     data = load_data(path, reporter, image_size)
+    data = data if limit is None else data.limited(limit)
     for line in lines_about(data):
         reporter.line(line)
-    save_sheet(data, out / SHEET)
-    reporter.line(f"wrote some training images of each class to {out / SHEET}")
+    if not (out / STATE).exists():  # A run that was started has the picture. The data of this one may be refused.
+        save_sheet(data, out / SHEET)
+        reporter.line(f"wrote some training images of each class to {out / SHEET}")
     return data
 
 

@@ -5,7 +5,14 @@ Without --data and --out, overwrites the tracked weights in scripts/evaluation/w
 
 import torch
 
-from scripts.common.arguments import Parser, add_data_argument, add_own_data_arguments, file_to_write, integer
+from scripts.common.arguments import (
+    Parser,
+    add_data_argument,
+    add_own_data_arguments,
+    check_outside,
+    file_to_write,
+    integer,
+)
 from scripts.common.data.data_set import load_data
 from scripts.common.errors import reports_errors
 from scripts.common.progress import Reporter
@@ -22,6 +29,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--data needs --out, the file to write")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    if args.data:
+        check_outside(args.out, args.data)
     path = args.out or WEIGHTS / f"{args.kind}.safetensors"
     with Reporter(
         lambda: "train_classifiers: stopped; the same command starts from the beginning", stop=stops_soon

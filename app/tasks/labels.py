@@ -107,12 +107,15 @@ def folded_name(text: str) -> str:
 def unknown_label(info: ModelInfo, label: str | int) -> str:
     """Returns the message for a class that the model does not have."""
     if isinstance(label, int):
-        return f"Unknown label {label}: the model '{info.name}' has the labels 0 to {info.num_classes - 1}"
-    shown = label if len(label) <= MAX_SHOWN else f"{label[:MAX_SHOWN]}..."
-    by_lowered = {name.lower(): name for name in info.class_names}
-    near = nearest(label, by_lowered)
-    hint = f". Did you mean '{by_lowered[near]}'?" if near else "."
-    return f"Unknown label '{shown}'{hint} {_listed(info)}"
+        return f"Unknown label {_shown(str(label))}: the model '{info.name}' has the labels 0 to {info.num_classes - 1}"
+    by_folded = {folded_name(name): name for name in info.class_names}
+    near = nearest(folded_name(label), by_folded)
+    hint = f". Did you mean '{by_folded[near]}'?" if near else "."
+    return f"Unknown label '{_shown(label)}'{hint} {_listed(info)}"
+
+
+def _shown(label: str) -> str:
+    return label if len(label) <= MAX_SHOWN else f"{label[:MAX_SHOWN]}..."
 
 
 def _listed(info: ModelInfo) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 from model.prompts import MAX_PROMPT_LENGTH, is_prompt
 from model.spec import MAX_CLIP_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE, SAMPLERS, SHIPPED
 from scripts.common.data.data_set import LARGEST_IMAGE, SIZE_UNIT, USUAL_IMAGE
+from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES
 
 COMPILE_MODES = ("auto", "on", "off")
@@ -242,6 +243,14 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
         default=Path("data"),
         help="folder with the IDX files of MNIST; downloaded into it if missing; default: data",
     )
+
+
+def check_outside(out: Path, data: Path) -> None:
+    """Raises ScriptError if a command with `--out` would write into the folder of the data."""
+    if data.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ScriptError(
+            f"--out {out} is in the folder of the data. Choose another one, because nothing is written into the data"
+        )
 
 
 def image_size(text: str) -> int:

@@ -16,13 +16,14 @@ from model.diffusion import Diffusion, running_average
 from model.pixels import to_pixels
 from model.schedule import Schedule, ScheduleConfig
 from scripts.common.data.data_set import DataSet, ImageSet
+from scripts.common.errors import ScriptError
 from scripts.common.mnist import TRAINING_DATA, load_mnist, mnist_data
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import KINDS, Classifier, Shape, accuracy, save_classifier
 
 MAX_ROTATION = math.radians(12)
 MAX_SCALING = 0.1
-MAX_SHIFT = 2 / 14  # two pixels, in units of half of the image width
+MAX_SHIFT = 2 / 14  # in units of half of the image width: two pixels of 28
 BATCH_SIZE = 256
 WEIGHT_DECAY = 0.02
 LABEL_SMOOTHING = 0.05
@@ -38,6 +39,7 @@ RECIPES = {
 # that an epoch has about NUM_BATCHES batches.
 IMAGES_TO_SEE, FEWEST_EPOCHS, MOST_EPOCHS = 150_000, 6, 60
 NUM_BATCHES, SMALLEST_BATCH = 50, 16
+FEWEST_IMAGES = 2  # batch norm needs two
 
 
 def all_of_mnist(data_dir: Path) -> DataSet:
@@ -102,6 +104,8 @@ def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
     generator = torch.Generator().manual_seed(seed)
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), generator)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
+    if len(learn) < FEWEST_IMAGES:
+        raise ScriptError(f"a classifier needs at least {FEWEST_IMAGES} training images, but there are {len(learn)}")
     batch_size = min(batch_size or BATCH_SIZE, len(learn))
 
     def loss_of(rows: Tensor) -> Tensor:
@@ -157,7 +161,9 @@ def fit(  # hyperparameters
     """
     averaged = AveragedModel(network, multi_avg_fn=running_average(MAX_EMA_DECAY), use_buffers=average_buffers)
     max_lr = optimizer.param_groups[0]["lr"]
-    lr_schedule = OneCycleLR(optimizer, max_lr, total_steps=len(batches), pct_start=warm_up)
+    # OneCycleLR divides by zero if the rise is exactly one step.
+    rise = warm_up if warm_up * len(batches) > 1 else 0.0
+    lr_schedule = OneCycleLR(optimizer, max_lr, total_steps=len(batches), pct_start=rise)
     with reporter.task(title, len(batches) * batches.batch_size, "images") as task:
         for rows in batches:
             loss = loss_of(rows)

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 from model.spec import DIGITS
-from scripts.common.data.data_set import DataSet, load_data
+from scripts.common.arguments import check_outside
+from scripts.common.data.data_set import DataSet, digest_in, load_data
 from scripts.common.drawing import DrawingRequest, open_drawer, step_cache
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
@@ -32,6 +33,8 @@ def evaluate_pictures(
 
     Trains the classifiers if no files are given. Raises ScriptError if the checkpoint does not match the data.
     """
+    if out:
+        check_outside(out, data)
     drawer = open_drawer(request)
     pictures = load_data(data, reporter, drawer.checkpoint.image_shape[1])
     if (pictures.class_names, pictures.image_shape) != (drawer.class_names, drawer.checkpoint.image_shape):
@@ -44,6 +47,12 @@ def evaluate_pictures(
         )
         raise ScriptError(
             f"--data has {own}, but the checkpoint has {learned}. Give the data on which the checkpoint was trained"
+        )
+    trained_on = drawer.checkpoint.config.training.get("data")
+    if trained_on and digest_in(trained_on) != digest_in(pictures.description):
+        reporter.line(
+            "note: --data has other pictures than the training of the checkpoint. The held-out pictures may be among "
+            "those from which it learned"
         )
     count = count_for(pictures, num_images or NUM_IMAGES, reporter)
     samples = samples_of_drawer(drawer, request, count, reporter)

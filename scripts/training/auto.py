@@ -8,7 +8,7 @@ from scripts.common.data.data_set import DataSet
 
 AUTO = "auto"  # the name of the preset
 BATCH, SMALLEST_BATCH = 128, 16
-FEWEST_STEPS = 1500  # in the whole training, with smaller batches for few images or epochs
+FEWEST_STEPS = 1500  # in the whole training: few images or epochs have smaller batches, if SMALLEST_BATCH permits it
 IMAGES_TO_SEE = 600_000  # training images, counted in each epoch; MNIST's preset sees 1,650,000
 FEWEST_EPOCHS, MOST_EPOCHS = 20, 150
 WARM_UP_SHARE, WARM_UP_STEPS = 0.1, 500

@@ -116,6 +116,11 @@ def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float |
         except _TimeIsUp:
             reporter.line(f"time limit: stopped in epoch {trainer.epoch + 1}; run the same command again to resume")
             return
+        if not math.isfinite(result.train_loss):
+            raise ScriptError(
+                f"the training loss of epoch {result.epoch} is {result.train_loss}. Use a lower learning rate, "
+                "optimizer.lr, and another --out folder"
+            )
         best = run.record(trainer, result)
         seconds = time.perf_counter() - epoch_start
         minutes_left = seconds * (run.recipe.epochs - trainer.epoch) / 60
@@ -124,6 +129,8 @@ def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float |
             f"validation {result.validation_loss:.5f}{'  best' if best else ''}  "
             f"lr {result.learning_rate:.1e}  {seconds:.0f} s, {minutes_left:.0f} min left"
         )
+    if not (run.folder / MODEL).exists():
+        raise ScriptError("no epoch had a validation loss that is a number. Use a lower learning rate, optimizer.lr")
     reporter.line(f"finished: {run.folder / MODEL}")
     reporter.line(f"serve it: scripts/serve --model {shlex.quote(f'{run.name}={run.folder / MODEL}')}")
 

@@ -16,6 +16,7 @@ from scripts.training.recipe import Recipe
 
 NUM_BANDS = 4  # the validation loss is also reported for each quarter of the timesteps
 VALIDATION_BATCH = 500
+FEWEST_ROWS, MOST_ROWS = 1000, 10_000  # of the validation
 LossOf = Callable[[Denoiser, Tensor], Tensor]  # (denoiser, rows of the examples (B,)) -> scalar
 # Mean over all held-out rows, then the mean of each band of timesteps. The first band has the least noise.
 Losses = tuple[float, tuple[float, ...]]
@@ -98,8 +99,21 @@ class HeldOut:
 
 
 def _held_out(images: ImageSet, diffusion: Diffusion, device: torch.device) -> HeldOut:
+    images = images.rows(_validation_rows(len(images), diffusion.generator))
     x_0, t = from_pixels(images.images), torch.arange(len(images)) % diffusion.num_steps + 1  # (N,)
     x_t, eps = diffusion.add_noise(x_0, t)
     target, weights = diffusion.prediction.target(x_0, eps, t), diffusion.weights[t]
     band = (t - 1) * NUM_BANDS // diffusion.num_steps  # (N,)
     return HeldOut(*(rows.to(device) for rows in (x_t, t, images.labels, target, weights, band)))
+
+
+def _validation_rows(num_images: int, generator: torch.Generator) -> Tensor:
+    """Returns the images of the validation rows, (N,).
+
+    A few images are repeated in random orders, so that each timestep has ten rows with images of different classes. Of
+    very many images, some are chosen, because all rows are in memory.
+    """
+    if FEWEST_ROWS <= num_images <= MOST_ROWS:
+        return torch.arange(num_images)
+    orders = [torch.randperm(num_images, generator=generator) for _ in range(-(-FEWEST_ROWS // num_images))]
+    return torch.cat(orders)[: MOST_ROWS if num_images > MOST_ROWS else FEWEST_ROWS]

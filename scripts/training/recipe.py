@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from model.checkpoint import check_table
 from model.prediction import PredictionConfig
 from model.schedule import ScheduleConfig
 from model.spec import Guidance, Sampler
@@ -84,6 +85,7 @@ class Recipe(_Strict):
     def _check_consistency(self) -> Self:
         if self.unet.num_steps != self.schedule.num_steps:
             raise ValueError("unet.num_steps and schedule.num_steps must be equal")
+        check_table(self.unet)
         if self.distillation:
             self._check_distillation(self.distillation)
         if not self.label_drop and any(g.scale != 1 for g in (self.guidance, *self.guidance_by_sampler.values())):

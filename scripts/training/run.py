@@ -26,6 +26,7 @@ from model import checkpoint
 from model.files import write_atomically
 from model.sampler import sample
 from model.spec import DIGITS, SAMPLERS
+from scripts.common.data.data_set import digest_in
 from scripts.common.errors import ScriptError
 from scripts.common.pictures import save_grid
 from scripts.training.recipe import STUDENT_SAMPLER, Recipe
@@ -62,8 +63,9 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of the folder, with a hyphen for each character that a model name cannot have."""
-        return re.sub(r"[^0-9A-Za-z._-]", "-", self.folder.resolve().name)
+        """The name of the folder as the name of a model, which has at most 64 letters, digits and `._-`."""
+        name = re.sub(r"[^0-9A-Za-z._-]", "-", self.folder.resolve().name)
+        return name.lstrip("._-")[:64] or "model"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -71,7 +73,8 @@ class Run:
         recipe = self.recipe.model_dump(mode="json")
         if not recipe["flip"]:  # The runs of the previous release do not have it.
             del recipe["flip"]
-        return {"recipe": recipe, "seed": self.seed, "data": self.data}
+        identity = {"recipe": recipe, "seed": self.seed, "data": digest_in(self.data)}
+        return identity if self.class_names == DIGITS else identity | {"class_names": self.class_names}
 
     def resume(self, trainer: Trainer) -> bool:
         """Restores the trainer to the last saved state. Returns False if the folder has no state yet.
@@ -79,6 +82,8 @@ class Run:
         Raises ScriptError if the state cannot be read or belongs to another recipe, seed, data set or release.
         """
         path = self.folder / STATE
+        for left_over in self.folder.glob(f".{STATE}.*"):  # by a process that was killed while it saved
+            left_over.unlink(missing_ok=True)
         if not path.exists():
             return False
         try:

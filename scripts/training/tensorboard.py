@@ -1,6 +1,7 @@
 """Writes the losses and the images of each epoch for TensorBoard, which shows them while the training runs."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from torch import Tensor
@@ -18,9 +19,10 @@ def tensorboard_writer(folder: Path) -> Callable[[EpochResult, Tensor], None]:
     A resumed run writes to the same folder. If TensorBoard is missing, exits with the command that installs it.
     """
     require("tensorboard", extra="tensorboard")
-    writer = require("torch.utils.tensorboard").SummaryWriter(str(folder))
+    open_writer = cache(require("torch.utils.tensorboard").SummaryWriter)
 
     def write(result: EpochResult, images: Tensor) -> None:
+        writer = open_writer(str(folder))  # not earlier, because the folder may have a run with other data
         writer.add_scalar("loss/training", result.train_loss, result.epoch)
         writer.add_scalar("loss/validation", result.validation_loss, result.epoch)
         for number, loss in enumerate(result.band_losses, 1):

@@ -83,6 +83,14 @@ def test_font_that_cannot_draw_the_letters_is_named(fonts: Path, tmp_path: Path,
     assert (done.returncode, done.stderr) == (1, f"draw_letters: {folder / name} {problem}. Remove it\n")
 
 
+@pytest.mark.parametrize("out", ["letters", "missing/letters.npz"])
+def test_file_that_cannot_be_written_is_refused_before_the_letters_are_drawn(
+    fonts: Path, tmp_path: Path, out: str
+) -> None:
+    done = draw(fonts, tmp_path / out)
+    assert done.returncode == 2 and "must end in .npz, in a folder that exists" in done.stderr
+
+
 def test_number_of_pictures_must_be_positive(fonts: Path, tmp_path: Path) -> None:
     done = draw(fonts, tmp_path / "letters.npz", "--test-count=0")
     assert done.returncode == 2 and "argument --test-count: invalid positive value: '0'" in done.stderr

@@ -34,3 +34,9 @@ def test_thing_is_inside_the_picture_and_differs_from_its_background(kind: str) 
         box = ImageChops.difference(picture, background).getbbox()
         assert box is not None
         assert min(box[2] - box[0], box[3] - box[1]) >= 8
+
+
+def test_number_of_pictures_must_be_positive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        draw_pictures.main([str(tmp_path), "--count=-3"])
+    assert "argument --count: invalid positive value: '-3'" in capsys.readouterr().err

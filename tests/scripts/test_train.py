@@ -447,9 +447,50 @@ def test_other_data_does_not_resume_a_run(tmp_path: Path, capsys: pytest.Capture
     root, out = write_folder(tmp_path / "data"), tmp_path / "out"
     train.main(own(out, root))
     (root / "cat" / "0.png").unlink()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit):
-        train.main(own(out, root))
+        train.main(own(out, root, "--tensorboard"))
     assert "has a run with another recipe, seed or data. Use another --out folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_run_continues_after_its_data_was_moved_but_not_after_a_class_was_renamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    train.main(own(out, write_folder(tmp_path / "data")))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    train.main(own(out, tmp_path / "moved"))
+    assert f"resuming from epoch 2 of {out}" in capsys.readouterr().out
+    (tmp_path / "moved" / "cat").rename(tmp_path / "moved" / "beta")
+    with pytest.raises(SystemExit):
+        train.main(own(out, tmp_path / "moved"))
+    assert "has a run with another recipe, seed or data" in capsys.readouterr().err
+
+
+def test_file_that_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    root, out = write_folder(tmp_path / "data"), tmp_path / "out"
+    out.mkdir()
+    (out / ".state.pt.abc123").write_bytes(b"half of a state")
+    train.main(own(out, root))
+    assert not list(out.glob(".*"))
+
+
+def test_limit_is_part_of_the_first_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(own(tmp_path / "out", write_folder(tmp_path / "data"), "--limit=2"))
+    assert "data: 3 classes, 6 images for training, 3 for validation" in capsys.readouterr().out
+
+
+def test_diverged_run_ends_with_an_error_and_does_not_say_that_it_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "own.toml"
+    recipe.write_text('base = "default"\nbatch_size = 8\ngrad_clip = 0.0\n[optimizer]\nlr = 1e30\n')
+    with pytest.raises(SystemExit):
+        train.main(own(tmp_path / "out", write_folder(tmp_path / "data"), f"--preset={recipe}"))
+    said = capsys.readouterr()
+    assert "the training loss of epoch 1 is nan. Use a lower learning rate, optimizer.lr" in said.err
+    assert "finished" not in said.out
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

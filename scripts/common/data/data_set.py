@@ -88,6 +88,11 @@ class DataSet:
         return digest.hexdigest()
 
 
+def digest_in(description: str) -> str:
+    """Returns the digest in `DataSet.description`, or a description without one: the folder can get another name."""
+    return description.rpartition(", SHA-256 ")[2]
+
+
 def load_data(path: Path, reporter: Reporter, image_size: int | None = None) -> DataSet:
     """Loads the pictures of a folder, a zip file, Parquet files, an NPZ file or IDX files.
 

@@ -81,6 +81,8 @@ def test_class_that_the_model_does_not_have_is_refused(
 def test_long_unknown_label_is_shortened_in_the_error() -> None:
     with pytest.raises(FieldError, match=r"Unknown label 'x{40}\.\.\.'"):
         found(label="x" * 100)
+    with pytest.raises(FieldError, match=r"Unknown label 10{39}\.\.\.: "):
+        found(label=10**300)
 
 
 @pytest.mark.parametrize(("info", "field"), [(INFO, "digit"), (VEHICLES, "label")])

@@ -8,6 +8,7 @@ from model.pixels import to_pixels
 from model.schedule import Schedule, ScheduleConfig
 from model.spec import DIGITS
 from scripts.common.data.data_set import DataSet, ImageSet
+from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifier_training import augment, facts_of, train_classifier
 from scripts.evaluation.classifiers import DIGITS_SHAPE, KINDS, Classifier, accuracy
@@ -89,3 +90,17 @@ def test_augmentation_moves_images_a_little_and_keeps_their_levels() -> None:
     assert 2 < furthest < 2 * 2**0.5 / 0.9 + 0.1  # a shift of two pixels in x and y, divided by the smallest scale
     assert min(centre_x.std(), centre_y.std()) > 0.8
     assert mass.std() / mass.mean() > 0.05  # the images are scaled
+
+
+@pytest.mark.parametrize("num_images", [2, 5])
+def test_classifier_can_be_trained_on_very_few_images(num_images: int) -> None:
+    with Reporter() as reporter:
+        network = train_classifier(
+            KINDS["judge"](DIGITS_SHAPE), bars(num_images, 1), reporter, augmented=True, epochs=5
+        )
+    assert all(parameter.isfinite().all() for parameter in network.parameters())
+
+
+def test_classifier_needs_two_images() -> None:
+    with Reporter() as reporter, pytest.raises(ScriptError, match="at least 2 training images, but there are 1"):
+        train_classifier(KINDS["extractor"](DIGITS_SHAPE), bars(1, 1), reporter, augmented=False, epochs=1)

@@ -191,7 +191,7 @@ def test_checkpoint_with_other_classes_than_the_data_is_refused(
     line = refusal_of(
         capsys, evaluate.main, ["pictures", f"--data={other}", f"--checkpoint={folder / 'tiny.safetensors'}"]
     )
-    assert "--data has 3 classes ('blue' to 'violet') and images of 3x12x12, but the checkpoint has 3 classes ('blue' to 'red')" in line
+    assert "--data has 3 classes ('blue' to 'violet') and images of 3x12x12, but the checkpoint has 3 classes" in line
 
 
 def test_classifier_of_own_data_does_not_overwrite_the_shipped_ones(
@@ -238,3 +238,24 @@ def test_names_with_special_characters_do_not_break_the_table_and_the_plot(
     run(folder, tmp_path, "--num-images=60")
     assert "a\\|b: 100.0%" in capsys.readouterr().out
     assert (tmp_path / "confusion.png").exists()
+
+
+def test_evaluation_in_the_folder_of_the_data_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = folder / "colours"
+    arguments = ["pictures", f"--data={data}", f"--checkpoint={folder / 'tiny.safetensors'}", f"--out={data / 'out'}"]
+    assert "is in the folder of the data. Choose another one" in refusal_of(capsys, evaluate.main, arguments)
+    arguments = ["judge", f"--data={data}", f"--out={data / 'judge.safetensors'}"]
+    assert "is in the folder of the data. Choose another one" in refusal_of(capsys, train_classifiers.main, arguments)
+
+
+@pytest.mark.parametrize("is_the_same", [True, False])
+def test_note_says_that_the_checkpoint_learned_from_other_pictures(
+    folder: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, is_the_same: bool
+) -> None:
+    draws(monkeypatch, of_each_class(data, "test", [0, 1, 2]))
+    loaded = checkpoint.load(folder / "tiny.safetensors")
+    learned = data.description.replace("colours", "moved") if is_the_same else "colours, 5 training images, SHA-256 0"
+    config = replace(loaded.config, training={"label_drop": 0.1, "data": learned})
+    checkpoint.save(tmp_path / "other.safetensors", loaded.network, config)
+    run(folder, tmp_path / "out", "--num-images=60", f"--checkpoint={tmp_path / 'other.safetensors'}")
+    assert ("note: --data has other pictures" in capsys.readouterr().out) is not is_the_same

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from app.settings import Settings
 from scripts import train
 from scripts.common.data.data_set import DataSet, ImageSet
 from scripts.common.plots import plot_losses
@@ -69,6 +70,16 @@ def test_card_quotes_names_and_ignores_a_loss_that_is_not_a_number(tmp_path: Pat
     assert commands[0][-1] == f"my--runs-={path}"
     assert commands[1][3:6] == ["--checkpoint", path, "--label=it's"]
     assert "losses.png" not in text
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("my pets", "my-pets"), ("_x", "x"), (".runs", "runs"), ("\u5199\u771f", "model"), ("a" * 70, "a" * 64)],
+)
+def test_model_is_served_under_a_name_that_the_service_accepts(tmp_path: Path, folder: str, name: str) -> None:
+    run = Run(tmp_path / folder, "auto", load_recipe("default"), 0, "odd")
+    assert run.name == name
+    assert Settings(models=f"{name}=x.safetensors").models
 
 
 def test_curves_are_drawn_for_a_name_with_dollar_signs(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from scripts.training.objective import DenoisingObjective
+from scripts.training.objective import VALIDATION_BATCH, DenoisingObjective, _validation_rows
 from tests.scripts.tiny_training import NUM_IMAGES, NUM_STEPS, NUM_VALIDATION, noise_data, recipe_of
 
 
@@ -20,7 +20,8 @@ def test_loss_of_a_zero_output_is_the_noise_variance_in_every_band(objective: De
 
 def test_bands_are_quarters_of_the_timesteps_with_least_noise_first(objective: DenoisingObjective) -> None:
     held_out = objective._held_out
-    _, band_losses = held_out.losses(lambda x_t, t, y: held_out.target[: len(x_t)] + t[:, None, None, None])
+    targets = iter(held_out.target.split(VALIDATION_BATCH))
+    _, band_losses = held_out.losses(lambda x_t, t, y: next(targets) + t[:, None, None, None])
     quarter = NUM_STEPS // 4
     for band, loss in enumerate(band_losses):
         steps = [t for t in held_out.t.tolist() if band * quarter < t <= (band + 1) * quarter]
@@ -44,3 +45,23 @@ def test_labels_are_dropped_at_the_recipes_rate_and_held_out_images_are_unused(
     labels = torch.arange(NUM_IMAGES - NUM_VALIDATION) % 10
     assert ((y == labels) | (y == 10)).all()
     assert (y == 10).double().mean().item() == pytest.approx(0.2, abs=5 * (0.16 / y.numel()) ** 0.5)
+
+
+@pytest.mark.parametrize("num_images", [2, 72, 999])
+def test_few_validation_images_have_all_timesteps_and_classes_in_each_quarter(num_images: int) -> None:
+    images = torch.arange(num_images)
+    rows = _validation_rows(num_images, torch.Generator().manual_seed(0))
+    t = torch.arange(len(rows)) % 100
+    assert t.bincount().tolist() == [10] * 100
+    assert rows.bincount(minlength=num_images).min() >= 1000 // num_images
+    for quarter in range(4):
+        seen = rows[t // 25 == quarter]
+        assert len(seen) == 250
+        assert 0.3 < (seen < images[len(images) // 2]).double().mean() < 0.7  # both halves of the classes
+
+
+def test_validation_uses_each_of_many_images_at_most_once_and_not_only_the_first_ones() -> None:
+    rows = _validation_rows(30_000, torch.Generator().manual_seed(0))
+    assert len(rows) == len(set(rows.tolist())) == 10_000
+    assert 14_000 < rows.double().mean() < 16_000
+    assert torch.equal(_validation_rows(5000, torch.Generator()), torch.arange(5000))

@@ -3,9 +3,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from model.sampler import Guidance
 from model.unet import UNet
+from scripts.common.data.data_set import DataSet, ImageSet
 from scripts.common.errors import ScriptError
 from scripts.training.recipe import load_recipe, preset_names
 from tests.scripts.tiny_training import COSINE, NUM_STEPS
@@ -157,3 +159,12 @@ def test_invalid_recipe_is_rejected_with_the_path_and_the_field(
 def test_recipe_that_is_not_text_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     assert "is not valid TOML" in error_of(str(tmp_path / "binary.toml"))
+
+
+def test_more_classes_than_the_service_can_load_are_refused_before_the_training() -> None:
+    images = ImageSet(torch.zeros(1, 3, 64, 64).expand(400, -1, -1, -1), torch.arange(400))
+    names = tuple(f"class {label}" for label in range(400))
+    with pytest.raises(ScriptError, match="At most 234 classes are possible with these widths"):
+        load_recipe("auto", DataSet("many", names, images, images, images))
+    fewer = DataSet("some", names[:234], images.rows(images.labels < 234), images, images)
+    assert load_recipe("auto", fewer).unet.num_classes == 234
