@@ -321,7 +321,7 @@ def _add_pictures(pictures: argparse.ArgumentParser) -> None:
     pictures.add_argument(
         "--flip",
         action="store_true",
-        help="mirror half of the images while the classifiers train; use it if the model was trained with it",
+        help="mirror images at random while the classifiers train; use it if the model was trained with it",
     )
     add_drawing_arguments(pictures, seed=0)
 

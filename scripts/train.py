@@ -65,7 +65,9 @@ def own_data(path: Path, image_size: int | None, limit: int | None, out: Path, r
 def build_parser() -> Parser:
     parser = Parser(prog="python -m scripts.train", description=__doc__)
     add_own_data_arguments(parser)
-    parser.add_argument("--flip", action="store_true", help="mirror half of the training images; not for digits")
+    parser.add_argument(
+        "--flip", action="store_true", help="mirror each training image with probability 0.5; not for digits or letters"
+    )
     parser.add_argument(
         "--limit",
         type=integer(2),

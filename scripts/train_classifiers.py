@@ -61,7 +61,9 @@ def build_parser() -> Parser:
         type=integer(8, 512),
         help=f"channels of the first layer; default: {DIGITS_SHAPE.width}",
     )
-    parser.add_argument("--flip", action="store_true", help="mirror half of the training images; not for digits")
+    parser.add_argument(
+        "--flip", action="store_true", help="mirror each training image with probability 0.5; not for digits or letters"
+    )
     parser.add_argument(
         "--seed",
         type=integer(0, 2**53 - 1),

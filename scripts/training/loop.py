@@ -39,7 +39,7 @@ class TrainingRequest:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     compile: str = "auto"  # auto, on or off
     num_threads: int | None = None  # None means torch's default
-    flip: bool = False  # mirror half of the training images
+    flip: bool = False  # mirror each training image with probability 0.5
     tensorboard: bool = False  # write losses and images for TensorBoard
 
     def load_recipe(self, data: DataSet | None = None) -> Recipe:

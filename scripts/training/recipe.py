@@ -72,7 +72,7 @@ class Recipe(_Strict):
     ema_max_decay: Share
     optimizer: OptimizerRecipe
     lr_schedule: LRScheduleRecipe
-    flip: bool = False  # mirror half of the training images; wrong for digits and letters
+    flip: bool = False  # mirror each training image with probability 0.5; wrong for digits and letters
     min_snr_gamma: float = Field(default=0.0, ge=0)  # loss weight min(SNR, gamma) (Hang 2023); 0 = off
     guidance: Guidance
     guidance_by_sampler: dict[Sampler, Guidance] = {}  # replaces `guidance` for these samplers
