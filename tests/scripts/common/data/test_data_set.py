@@ -244,6 +244,10 @@ def test_zip_bomb_is_refused_before_it_is_read(tmp_path: Path) -> None:
             "4 images and 3 labels",
         ),
         (
+            {"train_images": np.zeros((4, 0, 0), np.uint8), "train_labels": np.zeros(4, np.int64)},
+            "the images have the type uint8 and the shape (4, 0, 0). They must be uint8 of the shape (N, H, W)",
+        ),
+        (
             {"train_images": np.zeros((0, 8, 8), np.uint8), "train_labels": np.zeros(0, np.int64)},
             "data.npz has no pictures. Add at least two of each class",
         ),
@@ -254,6 +258,14 @@ def test_zip_bomb_is_refused_before_it_is_read(tmp_path: Path) -> None:
                 "class_names": np.array(["cat", "cat"]),
             },
             "the classes 'cat' and 'cat' have the same name. Rename one of them",
+        ),
+        (
+            {
+                "train_images": np.zeros((4, 8, 8), np.uint8),
+                "train_labels": np.zeros(4, np.int64),
+                "class_names": np.array("cat"),
+            },
+            "class_names has the shape (). It must be an array with one name per class",
         ),
         ({"images": np.zeros((4, 8, 8), np.uint8)}, "has no array 'train_images'. Its arrays are images"),
         ({"train_images": np.array([{}], object)}, "It contains Python objects, which can run code"),
