@@ -124,7 +124,7 @@ def read_source(path: Path) -> Source:
     if not path.exists():
         raise ScriptError(f"{path} does not exist")
     if files := parquet_files(path):
-        return read_parquet(files)
+        return read_parquet(path, files)
     if path.is_dir():
         return read_idx(path) if has_idx_files(path) else read_folder(path)
     match path.suffix.lower():
