@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from scripts.common.data.source import MAX_CLASSES, Picture, Source, Split, numbered
+from scripts.common.data.source import MAX_CLASSES, Picture, Source, Split, numbered, split_in
 from scripts.common.errors import ScriptError
 
-IDX_SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("t10k", "test")}
+IDX_NAME = "images?idx3-ubyte"  # end of the name of a file with images, without `.gz`
 
 
 def read_npz(path: Path) -> Source:
@@ -23,9 +23,11 @@ def read_npz(path: Path) -> Source:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        hint = "It contains Python objects, which can run code" if "pickle" in str(error).lower() else "It is damaged"
+            arrays = {name: np.asarray(file[name]) for name in file.files}
+    # TypeError: the file has a single array. RuntimeError: it is encrypted.
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError, TypeError, RuntimeError) as error:
+        is_pickle = "pickle" in str(error).lower()
+        hint = "It contains Python objects, which can run code" if is_pickle else "It is damaged, or no NPZ file"
         raise ScriptError(f"{path} cannot be read. {hint}. Save arrays of numbers with numpy.savez") from error
     if "train_images" not in arrays:
         raise ScriptError(f"{path} has no array 'train_images'. Its arrays are {', '.join(sorted(arrays)) or 'none'}")
@@ -33,32 +35,59 @@ def read_npz(path: Path) -> Source:
     for split in ("train", "val", "test"):
         if f"{split}_images" in arrays:
             pictures += _pictures(f"{path}: {split}", split, arrays[f"{split}_images"], arrays.get(f"{split}_labels"))
-    names = arrays.get("class_names")
-    return numbered(str(path), pictures, None if names is None else [str(name) for name in names])
+    return numbered(str(path), pictures, _names_of(path, arrays.get("class_names")))
+
+
+def _names_of(path: Path, names: np.ndarray | None) -> list[str] | None:
+    if names is None:
+        return None
+    if names.ndim != 1:
+        raise ScriptError(
+            f"{path}: class_names has the shape {names.shape}. It must be an array with one name per class"
+        )
+    # check_names refuses names that are not valid UTF-8
+    return [name.decode(errors="surrogateescape") if isinstance(name, bytes) else str(name) for name in names.tolist()]
 
 
 def has_idx_files(folder: Path) -> bool:
     """Returns True if the folder has IDX files with images."""
-    return any(folder.glob("*-images-idx3-ubyte*"))
+    return bool(_image_files(folder))
 
 
 def read_idx(folder: Path) -> Source:
-    """Reads the IDX files of a folder, with or without `.gz`. Raises ScriptError."""
+    """Reads the IDX files of a folder, with or without `.gz`. Their names contain the split. Raises ScriptError."""
+    names: dict[Split, str] = {}
     pictures: list[Picture] = []
-    for split, prefixes in IDX_SPLITS.items():
-        for prefix in prefixes:
-            images = _idx_file(folder, f"{prefix}-images-idx3-ubyte")
-            labels = _idx_file(folder, f"{prefix}-labels-idx1-ubyte")
-            if images is None:
-                continue
-            if labels is None:
-                raise ScriptError(f"{folder} has no file {prefix}-labels-idx1-ubyte, with the labels of the images")
-            pictures += _pictures(f"{folder}: {prefix}", split, _idx(images), _idx(labels))
+    for name in _image_files(folder):
+        split = split_in(name)
+        if split is None:
+            raise ScriptError(
+                f"{folder}: the name {name} does not say what the images are for. Add 'train-' or 'test-'"
+            )
+        if (other := names.setdefault(split, name)) != name:
+            raise ScriptError(
+                f"{folder}: {other} and {name} both have images for the split {split!r}. Put each data set into a "
+                "folder of its own"
+            )
+        images, labels = (_idx(_idx_file(folder, each)) for each in (name, _labels_of(name)))
+        pictures += _pictures(f"{folder}: {name}", split, images, labels)
     return numbered(str(folder), pictures, None)
 
 
-def _idx_file(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
+def _image_files(folder: Path) -> list[str]:
+    """Returns the names of the files with images, without `.gz`."""
+    return sorted({path.name.removesuffix(".gz") for end in ("", ".gz") for path in folder.glob(f"*{IDX_NAME}{end}")})
+
+
+def _labels_of(name: str) -> str:
+    return name.replace("images", "labels").replace("idx3", "idx1")
+
+
+def _idx_file(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.exists():
+            return path
+    raise ScriptError(f"{folder} has no file {name}, with the labels of the images. Add it")
 
 
 def _idx(path: Path) -> np.ndarray:
@@ -75,7 +104,8 @@ def _idx(path: Path) -> np.ndarray:
 
 def _pictures(place: str, split: Split, images: np.ndarray, labels: Any) -> Iterator[Picture]:
     """Yields the pictures of arrays. Raises ScriptError if they are not pictures with one label each."""
-    if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)):
+    is_grey, is_colour = images.ndim == 3, images.ndim == 4 and images.shape[-1] == 3
+    if images.dtype != np.uint8 or not (is_grey or is_colour) or 0 in images.shape[1:]:
         raise ScriptError(
             f"{place}: the images have the type {images.dtype} and the shape {images.shape}. They must be uint8 of the "
             "shape (N, H, W) or (N, H, W, 3)"

@@ -17,13 +17,12 @@ from model.prepared_image import central_square
 from scripts.common.data.arrays import has_idx_files, read_idx, read_npz
 from scripts.common.data.folders import read_folder, read_zip
 from scripts.common.data.parquet import parquet_files, read_parquet
-from scripts.common.data.source import Picture, Source
+from scripts.common.data.source import Picture, Source, printable
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 
 LARGEST_IMAGE, USUAL_IMAGE = 64, 32  # pixels per side: the largest, and the default for pictures of several sizes
 SIZE_UNIT = 4  # the network halves the image twice
-NUM_SIZES = 1000  # the default size follows from the sizes of this number of pictures
 HELD_OUT_SHARE = 0.1  # of the images of each class, if the data has no test images
 HELD_OUT_SEED = 0
 
@@ -55,7 +54,7 @@ class DataSet:
     learn: ImageSet
     validate: ImageSet
     test: ImageSet
-    ignored: Sequence[str] = ()  # files that are not pictures
+    ignored: Sequence[str] = ()  # files of other types
     known_as: str = ""  # describes the data instead of its digest
 
     @property
@@ -99,9 +98,18 @@ def load_data(path: Path, reporter: Reporter, image_size: int | None = None) -> 
     The default of `image_size` is the size of the pictures if it is the same for all, and otherwise USUAL_IMAGE. Raises
     ScriptError if a picture or a label cannot be used.
     """
+    try:
+        return _load(path, reporter, image_size)
+    except ScriptError as error:  # The message can have names of files, which are any bytes.
+        raise ScriptError(printable(str(error))) from error
+
+
+def _load(path: Path, reporter: Reporter, image_size: int | None) -> DataSet:
     source = read_source(path)
-    size = image_size or _default_size(source.pictures)
-    images = _images_of(source.pictures, size, reporter)  # (N, C, S, S)
+    if not source.pictures:
+        raise ScriptError(f"{path} has no pictures. Add at least two of each class")
+    sizes = _sizes_of(source.pictures, reporter)
+    images = _images_of(source.pictures, image_size or _default_size(sizes), reporter)  # (N, C, S, S)
     labels = torch.tensor([picture.label for picture in source.pictures])
     rows = {split: _rows(source.pictures, split) for split in ("train", "val", "test")}
     if not (len(rows["val"]) or len(rows["test"])):
@@ -111,9 +119,9 @@ def load_data(path: Path, reporter: Reporter, image_size: int | None = None) -> 
     everything = ImageSet(images, labels)
     learn, held_out = everything.rows(rows["train"]), everything.rows(validate)
     if missing := sorted(set(range(len(source.class_names))) - set(learn.labels.tolist())):
-        raise ScriptError(f"{path}: the class {source.class_names[missing[0]]!a} has no images for training")
+        raise ScriptError(f"{path}: the class {source.class_names[missing[0]]!r} has no images for training. Add some")
     tests = held_out if test is validate else everything.rows(test)
-    return DataSet(path.resolve().name, source.class_names, learn, held_out, tests, source.ignored)
+    return DataSet(printable(path.resolve().name), source.class_names, learn, held_out, tests, source.ignored)
 
 
 def read_source(path: Path) -> Source:
@@ -121,7 +129,7 @@ def read_source(path: Path) -> Source:
     if not path.exists():
         raise ScriptError(f"{path} does not exist")
     if files := parquet_files(path):
-        return read_parquet(files)
+        return read_parquet(path, files)
     if path.is_dir():
         return read_idx(path) if has_idx_files(path) else read_folder(path)
     match path.suffix.lower():
@@ -148,7 +156,7 @@ def hold_out(labels: Tensor, class_names: Sequence[str], place: str) -> tuple[Te
         rows = order[labels[order] == label]
         if len(rows) == 1:
             raise ScriptError(
-                f"{place}: the class {name!a} has only one image. It needs at least two: one for training and one to "
+                f"{place}: the class {name!r} has only one image. It needs at least two: one for training and one to "
                 "measure the progress"
             )
         held_out.append(rows[: max(1, round(HELD_OUT_SHARE * len(rows)))])
@@ -161,10 +169,30 @@ def _rows(pictures: Sequence[Picture], split: str) -> Tensor:
     return torch.tensor([row for row, picture in enumerate(pictures) if picture.split == split], dtype=torch.int64)
 
 
-def _default_size(pictures: Sequence[Picture]) -> int:
+def _sizes_of(pictures: Sequence[Picture], reporter: Reporter) -> set[tuple[int, int]]:
+    """Returns all heights and widths that occur.
+
+    Raises ScriptError if pictures cannot be used: for all of them at once, so that the user need not start again for
+    each. Only decoding, which takes longer, can find further ones.
+    """
+    sizes = set[tuple[int, int]]()
+    errors: list[str] = []
+    with reporter.task("checking pictures", len(pictures), "pictures") as task:
+        for picture in pictures:
+            try:
+                sizes.add(picture.size())
+            except ScriptError as error:
+                errors.append(str(error))
+            task.advance(1)
+    if not errors:
+        return sizes
+    others = len(errors) - 1
+    more = f". {others} other picture{'s' if others > 1 else ''} cannot be used either" if others else ""
+    raise ScriptError(errors[0] + more)
+
+
+def _default_size(sizes: set[tuple[int, int]]) -> int:
     """Returns the side of the pictures if they are equal squares of a possible size, and otherwise USUAL_IMAGE."""
-    step = -(-len(pictures) // NUM_SIZES)
-    sizes = {picture.size() for picture in pictures[::step]}
     height, width = next(iter(sizes))
     is_possible = height == width <= LARGEST_IMAGE and height % SIZE_UNIT == 0
     return height if len(sizes) == 1 and is_possible else USUAL_IMAGE

@@ -30,14 +30,14 @@ def lines_about(data: DataSet) -> Iterator[str]:
     others = f" and {len(counts) - len(shown)} more classes" if len(shown) < len(counts) else ""
     yield f"images of each class: {', '.join(f'{name} {count}' for name, count in shown)}{others}"
     if data.ignored:
-        yield f"ignored files that are not pictures: {len(data.ignored)}, such as {data.ignored[0]}"
+        yield f"ignored files of other types: {len(data.ignored)}, such as {data.ignored[0]}"
     if repeated := num_repeated(data.learn, data.validate):
         yield f"warning: {repeated} of {len(data.validate)} validation images are also among the training images"
     smallest, largest = min(counts), max(counts)
     if smallest < FEW_IMAGES:
         name = data.class_names[counts.index(smallest)]
         yield (
-            f"warning: the class {name!a} has only {smallest} images. With fewer than {FEW_IMAGES}, the network mostly "
+            f"warning: the class {name!r} has only {smallest} images. With fewer than {FEW_IMAGES}, the network mostly "
             "repeats the training images"
         )
     if largest > UNEQUAL * smallest:

@@ -1,22 +1,27 @@
 """Reads a folder or a zip file that has one folder with pictures for each class, as torchvision's ImageFolder does.
 
 The folders of the classes can be in folders `train`, `val` and `test`. Hidden files are ignored. A link that leaves the
-folder is refused, because it could publish files that do not belong to the data.
+folder is refused, because it could publish files that do not belong to the data. Nothing else is left out silently: a
+folder without pictures, or a picture outside the folders of the classes, is an error.
 """
 
+import lzma
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from scripts.common.data.source import SPLITS, Picture, Source, Split, check_names
+from scripts.common.data.source import SPLITS, Picture, Source, Split, check_names, printable
 from scripts.common.errors import ScriptError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+FORMATS = "PNG, JPEG, WebP or GIF"
 MAX_FILE_BYTES = 64 * 2**20
+UTF8_FLAG = 0x800  # of a zip entry: its name is UTF-8
 LAYOUT = "Put the pictures of each class into a folder with the name of the class"
 
 
@@ -35,82 +40,145 @@ def read_zip(path: Path) -> Source:
     """Reads a zip file. Its pictures are not extracted. Raises ScriptError."""
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise ScriptError(f"{path} is not a zip file, or is damaged") from error
     files = [
-        _File(PurePosixPath(entry.filename), entry.file_size, partial(_read_entry, archive, entry, path))
+        _File(PurePosixPath(name), entry.file_size, partial(archive.read, entry))
         for entry in archive.infolist()
-        if not entry.is_dir()
+        if not (name := _name_of(entry)).endswith("/")
     ]
     return _source(str(path), files)
 
 
-def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> bytes:
-    try:
-        return archive.read(entry)
-    # RuntimeError: the entry is encrypted. NotImplementedError: its compression is not supported.
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError) as error:
-        raise ScriptError(f"{path}/{entry.filename} cannot be read ({error}). Make the zip file again") from error
+def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yields each folder and the names of its folders and files, without hidden ones, in alphabetical order.
+
+    Raises ScriptError if a folder cannot be read.
+    """
+    for folder, folders, names in os.walk(root, onerror=_refuse_folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(folder), folders, sorted(name for name in names if not name.startswith("."))
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise ScriptError(f"{error.filename} cannot be read ({error.strerror}). Make it readable or remove it") from error
+
+
+def _name_of(entry: zipfile.ZipInfo) -> str:
+    """Returns the path of an entry. Some programs write UTF-8 without the flag for it, or backslashes."""
+    name = entry.filename
+    if not entry.flag_bits & UTF8_FLAG:
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode()
+    return name.replace("\\", "/")
 
 
 def _files_of(root: Path) -> Iterator[_File]:
     top = root.resolve()
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for folder, folders, names in walk(root):
         for name in folders:
-            if (Path(folder) / name).is_symlink():
-                raise ScriptError(f"{Path(folder) / name} is a link to a folder. Replace it with the folder itself")
-        for name in sorted(names):
-            path = Path(folder) / name
+            if (folder / name).is_symlink():
+                raise ScriptError(f"{folder / name} is a link to a folder. Replace it with the folder itself")
+        for name in names:
+            path = folder / name
+            if not path.exists():  # a link can also lead to itself
+                raise ScriptError(f"{path} is a link to a file that does not exist. Remove it")
             if path.is_symlink() and not path.resolve().is_relative_to(top):
                 raise ScriptError(f"{path} is a link to a file outside {root}. Replace it with the file itself")
-            with suppress(FileNotFoundError):  # a link to a file that does not exist
-                yield _File(PurePosixPath(path.relative_to(root).as_posix()), path.stat().st_size, path.read_bytes)
+            yield _File(PurePosixPath(path.relative_to(root).as_posix()), path.stat().st_size, path.read_bytes)
 
 
 def _source(place: str, files: list[_File]) -> Source:
     visible = [file for file in files if not any(part.startswith((".", "__MACOSX")) for part in file.path.parts)]
     pictures = [file for file in visible if file.path.suffix.lower() in SUFFIXES]
-    ignored = [str(file.path) for file in visible if file.path.suffix.lower() not in SUFFIXES]
+    others = [file.path for file in visible if file.path.suffix.lower() not in SUFFIXES]
     if not pictures:
-        some = f", only other files, such as {ignored[0]}" if ignored else ""
-        raise ScriptError(f"{place} has no PNG, JPEG, WebP or GIF files{some}. {LAYOUT}")
-    pictures = _without_common_folder(pictures)
-    if loose := [file for file in pictures if len(file.path.parts) == 1]:
-        raise ScriptError(f"{place}: the picture {loose[0].path} is not in the folder of a class. {LAYOUT}")
-    has_splits = all(file.path.parts[0].lower() in SPLITS for file in pictures)
-    placed = [_placed(file, place, has_splits=has_splits) for file in pictures]
+        some = f", only other files, such as {others[0]}" if others else ""
+        raise ScriptError(f"{place} has no {FORMATS} files{some}. {LAYOUT}")
+    paths = [file.path for file in pictures]
+    skipped = _num_common_folders(place, paths)
+    has_splits = _has_splits(place, [path.parts[skipped:] for path in paths])
+    _check_folders(place, paths, others, skipped + has_splits + 1)
+    placed = [(*_split_and_class(place, path, skipped, has_splits=has_splits), path) for path in paths]
     if has_splits and not any(split == "train" for split, _, _ in placed):
         raise ScriptError(f"{place} has no folder 'train'. Rename the folder with the pictures for training")
     names = sorted({name for split, name, _ in placed if split == "train"})
-    for split, name, file in placed:
+    for split, name, path in placed:
         if name not in names:
-            raise ScriptError(f"{place}: the class {name!a} of {file.path} ({split}) has no pictures for training")
+            raise ScriptError(f"{place}: the class {name!r} of {path} ({split}) has no pictures for training. Add some")
     labels = {name: label for label, name in enumerate(check_names(names, place))}
-    return Source(tuple(names), [_picture(place, split, labels[name], file) for split, name, file in placed], ignored)
+    found = [
+        Picture(f"{place}/{path}", split, labels[name], partial(_content, f"{place}/{path}", file))
+        for file, (split, name, path) in zip(pictures, placed, strict=True)
+    ]
+    return Source(tuple(names), found, [printable(str(path)) for path in others])
 
 
-def _without_common_folder(files: list[_File]) -> list[_File]:
-    """Removes a folder that contains everything, as many zip files have one, unless it is a class or a split."""
-    while len({file.path.parts[0] for file in files}) == 1 and all(len(file.path.parts) > 2 for file in files):
-        if files[0].path.parts[0].lower() in SPLITS:
-            break
-        files = [file._replace(path=PurePosixPath(*file.path.parts[1:])) for file in files]
-    return files
+def _num_common_folders(place: str, paths: list[PurePosixPath]) -> int:
+    """Returns the number of folders that contain everything, as many zip files have one.
+
+    A split is not counted, and neither is a folder whose pictures are all directly in it. Any other folder is, because
+    it cannot be known whether it is a class. Raises ScriptError if a picture is outside the folders that follow.
+    """
+    number = 0
+    while True:
+        if loose := [path for path in paths if len(path.parts) == number + 1]:
+            raise _not_in_a_class(place, loose[0])
+        tops = {path.parts[number] for path in paths}
+        is_split = paths[0].parts[number].lower() in SPLITS
+        if len(tops) > 1 or is_split or all(len(path.parts) == number + 2 for path in paths):
+            return number
+        number += 1
 
 
-def _placed(file: _File, place: str, *, has_splits: bool) -> tuple[Split, str, _File]:
-    """Returns the split and the class of a file."""
-    parts = file.path.parts
+def _has_splits(place: str, paths: list[tuple[str, ...]]) -> bool:
+    """Returns True if the first folders are splits. Raises ScriptError if only some are.
+
+    A single folder `train` with pictures directly in it can be a class, as a bus is.
+    """
+    splits = {parts[0] for parts in paths if parts[0].lower() in SPLITS}
+    others = sorted({parts[0] for parts in paths} - splits)
+    if not others:
+        return True
+    if len(splits) > 1 or any(parts[0] in splits and len(parts) > 2 for parts in paths):
+        raise ScriptError(
+            f"{place}: the folder {others[0]} is next to the folder {min(splits)}, but is not named train, val or "
+            "test. Rename or remove it"
+        )
+    return False
+
+
+def _check_folders(place: str, pictures: list[PurePosixPath], others: list[PurePosixPath], levels: int) -> None:
+    """Raises ScriptError if a folder of a class or a split has files, but no pictures."""
+    known = {path.parts[:level] for path in pictures for level in range(1, levels + 1)}
+    for path in others:
+        for level in range(1, min(levels + 1, len(path.parts))):
+            if path.parts[:level] not in known:
+                folder = PurePosixPath(*path.parts[:level])
+                raise ScriptError(
+                    f"{place}: the folder {folder} has no {FORMATS} files, only other files, such as {path.name}. "
+                    "Convert its pictures to one of these formats, or remove it"
+                )
+
+
+def _split_and_class(place: str, path: PurePosixPath, skipped: int, *, has_splits: bool) -> tuple[Split, str]:
+    top, *others = path.parts[skipped:-1]
     if not has_splits:
-        return "train", parts[0], file
-    if len(parts) == 2:
-        raise ScriptError(f"{place}: the picture {file.path} is not in the folder of a class. {LAYOUT}")
-    return SPLITS[parts[0].lower()], parts[1], file
+        return "train", top
+    if not others:
+        raise _not_in_a_class(place, path)
+    return SPLITS[top.lower()], others[0]
 
 
-def _picture(place: str, split: Split, label: int, file: _File) -> Picture:
-    name = f"{place}/{file.path}"
+def _not_in_a_class(place: str, path: PurePosixPath) -> ScriptError:
+    return ScriptError(f"{place}: the picture {path} is not in the folder of a class. {LAYOUT}")
+
+
+def _content(place: str, file: _File) -> bytes:
     if file.size > MAX_FILE_BYTES:
-        raise ScriptError(f"{name} is {file.size / 2**20:.0f} MiB large. The limit is {MAX_FILE_BYTES // 2**20} MiB")
-    return Picture(name, split, label, file.read)
+        raise ScriptError(f"{place} is {file.size / 2**20:.0f} MiB large. The limit is {MAX_FILE_BYTES // 2**20} MiB")
+    try:
+        return file.read()
+    # RuntimeError: the entry of a zip file is encrypted. NotImplementedError: its compression is not supported.
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, OSError, EOFError) as error:
+        raise ScriptError(f"{place} cannot be read ({error}). Repair or remove this file") from error

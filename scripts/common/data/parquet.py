@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scripts.common.data.source import SPLITS, Picture, Source, Split, numbered
+from scripts.common.data.folders import SUFFIXES, walk
+from scripts.common.data.source import Picture, Source, Split, numbered, renumbered, split_in
 from scripts.common.errors import ScriptError
 from scripts.common.progress import require
 
@@ -13,15 +14,26 @@ IMAGES, LABELS = ("image", "img", "picture"), ("label", "labels", "fine_label", 
 
 
 def parquet_files(path: Path) -> list[Path]:
-    """Returns the Parquet files of a path: the file itself, or those in a folder and in its folder `data`."""
+    """Returns the Parquet files of a path: the file itself, or those in a folder and in the folders in it.
+
+    Raises ScriptError if the folder has pictures, too.
+    """
     if path.is_file():
         return [path] if path.suffix == ".parquet" else []
-    return sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+    files = [folder / name for folder, _, names in walk(path) for name in names]
+    found = sorted(file for file in files if file.suffix == ".parquet")
+    if found and (pictures := [file for file in files if file.suffix.lower() in SUFFIXES]):
+        raise ScriptError(
+            f"{path} has Parquet files, such as {found[0].relative_to(path)}, and pictures, such as "
+            f"{pictures[0].relative_to(path)}. Choose a folder that has only one of these kinds"
+        )
+    return found
 
 
-def read_parquet(files: list[Path]) -> Source:
-    """Reads Parquet files. The part of a file name before the first `-` is its split. Raises ScriptError."""
+def read_parquet(root: Path, files: list[Path]) -> Source:
+    """Reads Parquet files of a folder, or `root` itself. Raises ScriptError."""
     pq = require("pyarrow.parquet", "parquet")
+    splits = _splits_of(root, files)
     pictures: list[Picture] = []
     names: tuple[str, ...] | None = None
     texts: dict[str, int] = {}
@@ -32,17 +44,42 @@ def read_parquet(files: list[Path]) -> Source:
             raise ScriptError(f"{path} is not a Parquet file, or is damaged") from error
         image, label = (_column(path, table.column_names, known) for known in (IMAGES, LABELS))
         names = names or _names_of(table.schema, label)
-        split = _split_of(path)
         for number, (content, value) in enumerate(zip(table[image], table[label], strict=True)):
             place = f"{path}, row {number}"
             known = _label_of(place, value.as_py(), texts, may_be_text=bool(texts) or not pictures)
-            pictures.append(Picture(place, split, known, partial(_bytes_of, place, content)))
+            pictures.append(Picture(place, splits[path], known, partial(_bytes_of, place, content)))
     if texts:
-        order = sorted(texts)
-        renumbered = {texts[name]: number for number, name in enumerate(order)}
-        pictures = [Picture(each.place, each.split, renumbered[each.label], each.read) for each in pictures]
-        names = tuple(order)
-    return numbered(str(files[0]), pictures, names)
+        names = tuple(sorted(texts))
+        pictures = renumbered(pictures, [texts[name] for name in names])
+    return numbered(str(root), pictures, names)
+
+
+def _splits_of(root: Path, files: list[Path]) -> dict[Path, Split]:
+    """Returns the split of each file. All files are for training if no name has a split.
+
+    Raises ScriptError if only some names have a split, or if the files are those of several data sets.
+    """
+    found = {path: _split_of(root, path) for path in files}
+    without = [path for path, (_, split) in found.items() if split is None]
+    if without and len(without) < len(files):
+        raise ScriptError(
+            f"{without[0]}: the name has no split, unlike those of other files. Add train, val or test to it"
+        )
+    folders = sorted({folder for folder, _ in found.values()})
+    if len(folders) > 1:
+        raise ScriptError(
+            f"{folders[0]} and {folders[1]} have Parquet files of different data. Choose one of the folders"
+        )
+    return {path: split or "train" for path, (_, split) in found.items()}
+
+
+def _split_of(root: Path, path: Path) -> tuple[Path, Split | None]:
+    """Returns the folder of all splits, and the split that the file or its folder has in its name."""
+    if split := split_in(path.stem):
+        return path.parent, split
+    if path.parent != root and path != root and (split := split_in(path.parent.name)):
+        return path.parent.parent, split
+    return path.parent, None
 
 
 def _column(path: Path, columns: list[str], known: tuple[str, ...]) -> str:
@@ -59,10 +96,6 @@ def _names_of(schema: Any, label: str) -> tuple[str, ...] | None:
         return tuple(map(str, features[label]["names"]))
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _split_of(path: Path) -> Split:
-    return SPLITS.get(path.stem.partition("-")[0].lower(), "train")
 
 
 def _label_of(place: str, value: Any, texts: dict[str, int], *, may_be_text: bool) -> int:

@@ -1,8 +1,9 @@
 """What every reader of pictures returns: the names of the classes, and the pictures before they are decoded."""
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -17,8 +18,8 @@ from scripts.common.errors import ScriptError
 Split = Literal["train", "val", "test"]
 SPLITS: dict[str, Split] = {  # names of folders and of parts of file names
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "t10k"), "test"),
 }
 TURNED = 5  # EXIF orientations from this value on exchange height and width
 MAX_CLASSES = MAX_SIZES["num_classes"]
@@ -54,9 +55,11 @@ class Picture:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except PictureError as error:  # The rest of the message tells a client of the service what to send.
-            reason = str(error).partition(". ")[0]
-            raise ScriptError(f"{self.place}: {reason}. Remove or replace this picture") from error
+        except PictureError as error:
+            reason, _, action = str(error).rpartition(". ")
+            if "send" in action.lower():  # tells a client of the service what to send
+                action = "Remove or replace this picture"
+            raise ScriptError(f"{self.place}: {reason}. {action}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +71,42 @@ class Source:
     ignored: Sequence[str] = ()  # files that are not PNG, JPEG, WebP or GIF
 
 
+def printable(text: str) -> str:
+    """Escapes line breaks, control characters, and the bytes of file names that are not valid UTF-8."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def split_in(name: str) -> Split | None:
+    """Returns the split that the name of a file or folder has between `-`, `_` or `.`, or None.
+
+    Raises ScriptError if the name has several.
+    """
+    found = {SPLITS[part] for part in re.split(r"[-_.]", name.lower()) if part in SPLITS}
+    if len(found) > 1:
+        raise ScriptError(f"The name {name!r} has the names of several splits. Rename it so that it has only one")
+    return next(iter(found), None)
+
+
 def numbered(place: str, pictures: Sequence[Picture], names: Sequence[str] | None) -> Source:
-    """Returns the pictures of a source whose labels are numbers. Without names, the numbers are the names."""
-    num_classes = 1 + max((picture.label for picture in pictures), default=-1)
-    names = [str(label) for label in range(num_classes)] if names is None else names
-    if len(names) < num_classes:
-        raise ScriptError(f"{place} has {len(names)} class names, but the largest label is {num_classes - 1}")
+    """Returns the pictures of a source whose labels are numbers.
+
+    Without names, the numbers that occur are the names: many data sets count from 1. Raises ScriptError.
+    """
+    largest = max((picture.label for picture in pictures), default=-1)
+    if names is None:
+        if largest >= MAX_CLASSES:
+            raise ScriptError(f"{place}: the largest label is {largest}. It must be at most {MAX_CLASSES - 1}")
+        labels = sorted({picture.label for picture in pictures})
+        pictures, names = renumbered(pictures, labels), [str(label) for label in labels]
+    elif len(names) <= largest:
+        raise ScriptError(f"{place} has {len(names)} class names, but the largest label is {largest}. Name all classes")
     return Source(check_names(names, place), pictures)
+
+
+def renumbered(pictures: Sequence[Picture], labels: Sequence[int]) -> list[Picture]:
+    """Returns the pictures with the place in `labels` as their label."""
+    places = {label: place for place, label in enumerate(labels)}
+    return [replace(picture, label=places[picture.label]) for picture in pictures]
 
 
 def check_names(names: Collection[str], place: str) -> tuple[str, ...]:
@@ -84,11 +116,13 @@ def check_names(names: Collection[str], place: str) -> tuple[str, ...]:
     for name in names:
         if not name.strip() or not name.isprintable() or len(name) > MAX_NAME_LENGTH:
             raise ScriptError(
-                f"{place}: the class {name[: MAX_NAME_LENGTH + 1]!a} needs a name of 1 to {MAX_NAME_LENGTH} printable "
+                f"{place}: the class {name[: MAX_NAME_LENGTH + 1]!r} needs a name of 1 to {MAX_NAME_LENGTH} printable "
                 "characters. Rename it"
             )
     known: dict[str, str] = {}
     for name in names:
-        if (other := known.setdefault(name.casefold(), name)) != name:
-            raise ScriptError(f"{place}: the classes {other!a} and {name!a} differ only in case. Rename one of them")
+        if (other := known.get(name.casefold())) is not None:
+            how = "have the same name" if other == name else "differ only in case"
+            raise ScriptError(f"{place}: the classes {other!r} and {name!r} {how}. Rename one of them")
+        known[name.casefold()] = name
     return tuple(names)

@@ -9,11 +9,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from scripts.common.data.data_set import DataSet, load_data
+from scripts.common.errors import ScriptError
+from scripts.common.progress import Reporter
 
 NAMES = ("cat", "dog", "owl")
 COUNTS = {"train": 8, "test": 3}  # pictures of each class
 SIZE = 12
+
+
+def load(path: Path, image_size: int | None = None) -> DataSet:
+    with Reporter() as reporter:
+        return load_data(path, reporter, image_size)
+
+
+def message(path: Path, image_size: int | None = None) -> str:
+    """Returns the error of data that cannot be loaded. It is one line."""
+    with pytest.raises(ScriptError) as raised:
+        load(path, image_size)
+    text = str(raised.value)
+    assert len(text.splitlines()) == 1
+    return text
 
 
 def pixels_of(label: int, number: int, split: str = "train", *, grey: bool = False) -> np.ndarray:

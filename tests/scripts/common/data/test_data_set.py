@@ -1,3 +1,4 @@
+import os
 import re
 import zipfile
 from collections.abc import Callable
@@ -9,14 +10,14 @@ import torch
 from PIL import Image
 
 from model.prepared_image import central_square
-from scripts.common.data.data_set import DataSet, ImageSet, load_data
-from scripts.common.errors import ScriptError
-from scripts.common.progress import Reporter
+from scripts.common.data.data_set import DataSet, ImageSet
 from tests.scripts.common.data.samples import (
     COUNTS,
     NAMES,
     SIZE,
     encoded,
+    load,
+    message,
     pictures,
     pixels_of,
     write_folder,
@@ -33,19 +34,6 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "npz": lambda path: write_npz(path / "data.npz"),
     "parquet": lambda path: write_parquet(path / "data"),
 }
-
-
-def load(path: Path, image_size: int | None = None) -> DataSet:
-    with Reporter() as reporter:
-        return load_data(path, reporter, image_size)
-
-
-def message(path: Path, image_size: int | None = None) -> str:
-    with pytest.raises(ScriptError) as raised:
-        load(path, image_size)
-    text = str(raised.value)
-    assert len(text.splitlines()) == 1
-    return text
 
 
 @pytest.mark.parametrize("layout", WRITERS)
@@ -180,8 +168,11 @@ def huge(root: Path) -> Path:
     [
         (lambda root: broken(root, b""), r"data/cat/0\.png: The file is empty\. Remove or replace this picture"),
         (lambda root: broken(root, encoded(pixels_of(0, 0))[:-30]), r"data/cat/0\.png: .*damaged"),
-        (lambda root: broken(root, b"GIF"), r"data/cat/0\.png: .*\. Remove or replace this picture"),
-        (huge, r"data/cat/0\.png: .*5000 x 1 pixels"),
+        (
+            lambda root: broken(root, b"GIF"),
+            r"data/cat/0\.png: .* is not a PNG, .*\. Convert it to one of these formats$",
+        ),
+        (huge, r"cat/0\.png: .* has 5000 x 1 pixels\. At most 4096 x 4096 are permitted\. Make it smaller$"),
         (animated, r"data/cat/0\.gif: The picture is animated\. Remove or replace this picture"),
         (linked, r"data/cat/link\.png is a link to a file outside "),
         (linked_folder, r"data/eel is a link to a folder"),
@@ -190,6 +181,7 @@ def huge(root: Path) -> Path:
         (named("a" * 101), r"the class 'a+' needs a name of 1 to \d+ printable characters\. Rename it"),
         (named("a\nb"), r"the class 'a\\nb' needs a name"),
         (named(" "), r"the class ' ' needs a name"),
+        (named(os.fsdecode(b"caf\xe9")), r"the class 'caf\\udce9' needs a name of 1 to 100 printable characters"),
         (loose, r"the picture x\.png is not in the folder of a class\. Put the pictures of each class into a folder"),
     ],
 )
@@ -251,6 +243,30 @@ def test_zip_bomb_is_refused_before_it_is_read(tmp_path: Path) -> None:
             {"train_images": np.zeros((4, 8, 8), np.uint8), "train_labels": np.zeros(3, np.int64)},
             "4 images and 3 labels",
         ),
+        (
+            {"train_images": np.zeros((4, 0, 0), np.uint8), "train_labels": np.zeros(4, np.int64)},
+            "the images have the type uint8 and the shape (4, 0, 0). They must be uint8 of the shape (N, H, W)",
+        ),
+        (
+            {"train_images": np.zeros((0, 8, 8), np.uint8), "train_labels": np.zeros(0, np.int64)},
+            "data.npz has no pictures. Add at least two of each class",
+        ),
+        (
+            {
+                "train_images": np.zeros((4, 8, 8), np.uint8),
+                "train_labels": np.arange(4) % 2,
+                "class_names": np.array(["cat", "cat"]),
+            },
+            "the classes 'cat' and 'cat' have the same name. Rename one of them",
+        ),
+        (
+            {
+                "train_images": np.zeros((4, 8, 8), np.uint8),
+                "train_labels": np.zeros(4, np.int64),
+                "class_names": np.array("cat"),
+            },
+            "class_names has the shape (). It must be an array with one name per class",
+        ),
         ({"images": np.zeros((4, 8, 8), np.uint8)}, "has no array 'train_images'. Its arrays are images"),
         ({"train_images": np.array([{}], object)}, "It contains Python objects, which can run code"),
     ],
@@ -276,28 +292,12 @@ def test_limit_keeps_the_first_training_images_and_all_validation_and_test_image
     assert limited.description == "the data, at most 2 of each class"
 
 
-@pytest.mark.parametrize(("first", "second"), [([0, 1], ["cat", "dog"]), (["cat", "dog"], [0, 1])])
-def test_labels_that_are_numbers_in_one_parquet_file_and_texts_in_another_are_refused(
-    tmp_path: Path, first: list[int | str], second: list[int | str]
-) -> None:
-    pa = pytest.importorskip("pyarrow")
-    from pyarrow.parquet import write_table
-
-    image = encoded(pixels_of(0, 0))
-    for number, labels in enumerate((first, second)):
-        write_table(pa.table({"image": [image] * 2, "label": labels}), tmp_path / f"train-{number}.parquet")
-    assert f"train-1.parquet, row 0: the label {second[0]!r} cannot be used." in message(tmp_path)
-
-
-def test_texts_of_a_parquet_file_become_names_in_alphabetical_order(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    from pyarrow.parquet import write_table
-
-    rows = {
-        "image": [encoded(pixels_of(label, i)) for label in (0, 1) for i in (0, 1)],
-        "label": ["eel"] * 2 + ["cat"] * 2,
-    }
-    write_table(pa.table(rows), tmp_path / "train.parquet")
-    data = load(tmp_path)
-    assert data.class_names == ("cat", "eel")
-    assert data.learn.labels.tolist() == [1, 0]
+def test_several_bad_pictures_are_counted_in_one_error(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "data")
+    (root / "dog" / "0.png").write_bytes(b"")
+    assert message(root).endswith("dog/0.png: The file is empty. Remove or replace this picture")
+    (root / "dog" / "1.png").write_bytes(encoded(pixels_of(0, 0))[:-30])
+    (root / "owl" / "2.png").write_bytes(b"x")
+    assert message(root).endswith(
+        "dog/0.png: The file is empty. Remove or replace this picture. 2 other pictures cannot be used either"
+    )
