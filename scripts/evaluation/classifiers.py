@@ -63,20 +63,39 @@ class Classifier(nn.Module):
         return self.head(self.dropout(self.features(x)))
 
 
+class Residual(nn.Module):
+    """Adds two convolutions to their input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(*_conv(channels, channels, 3), *_conv(channels, channels, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x + f(x), (B, C, H, W)."""
+        return x + self.convolutions(x)
+
+
 class Judge(Classifier):
-    """Five convolutions with batch norm, followed by global average pooling."""
+    """Five convolutions with batch norm, followed by global average pooling.
+
+    For images in colour, two of them are residual pairs, because photographs are harder to recognise than digits.
+    """
 
     def __init__(self, shape: Shape = DIGITS_SHAPE) -> None:
-        width = shape.width
+        channels, width = shape.image[0], shape.width
         self.num_features = 4 * width
+
+        def second(channels_within: int) -> tuple[nn.Module, ...]:
+            return _conv(channels_within, channels_within, 3) if channels == 1 else (Residual(channels_within),)
+
         body = nn.Sequential(
-            *_conv(shape.image[0], width, 5),
+            *_conv(channels, width, 5),
             nn.MaxPool2d(2),
             *_conv(width, 2 * width, 3),
-            *_conv(2 * width, 2 * width, 3),
+            *second(2 * width),
             nn.MaxPool2d(2),
             *_conv(2 * width, 4 * width, 3),
-            *_conv(4 * width, self.num_features, 3),
+            *second(4 * width),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )

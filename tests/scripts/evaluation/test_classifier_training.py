@@ -10,7 +10,7 @@ from model.spec import DIGITS
 from scripts.common.data.data_set import DataSet, ImageSet
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
-from scripts.evaluation.classifier_training import augment, facts_of, train_classifier
+from scripts.evaluation.classifier_training import augment, facts_of, shift, train_classifier
 from scripts.evaluation.classifiers import DIGITS_SHAPE, KINDS, Classifier, accuracy
 from tests.scripts.evaluation.bars import bars
 
@@ -104,3 +104,16 @@ def test_classifier_can_be_trained_on_very_few_images(num_images: int) -> None:
 def test_classifier_needs_two_images() -> None:
     with Reporter() as reporter, pytest.raises(ScriptError, match="at least 2 training images, but there are 1"):
         train_classifier(KINDS["extractor"](DIGITS_SHAPE), bars(1, 1), reporter, augmented=False, epochs=1)
+
+
+def test_colour_images_are_shifted_by_whole_pixels_and_repeat_their_border() -> None:
+    images = torch.zeros(300, 3, 16, 16, dtype=torch.uint8)
+    images[:, 1, 8, 8] = 255
+    images[:, 2, 0] = 51
+    moved = shift(images, torch.Generator().manual_seed(0))
+    places = moved[:, 1].flatten(1).argmax(dim=1)
+    assert (moved[:, 1].sum(dim=(1, 2)) == 1).all()
+    assert set((places // 16).tolist()) == set((places % 16).tolist()) == {6, 7, 8, 9, 10}
+    is_lower = places // 16 > 8
+    assert torch.equal(moved[is_lower, 2, 0], torch.full((int(is_lower.sum()), 16), 0.2))
+    assert (moved[:, 0] == 0).all()
