@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -76,16 +77,21 @@ def _one_of_each(info: ModelInfo, fields: GenerateFields, labels: Sequence[str |
 
 
 def _task_of(info: ModelInfo, fields: SamplingFields, options: Options, images: Sequence[ImageKey]) -> Task:
-    labels: list[int | None] = [image.label for image in images] or [options.label] * fields.count
     job = JobRequest(
         options,
-        len(labels),
+        len(images) or fields.count,
         timeout=fields.timeout_seconds,
         guided_steps=info.guided_steps_of(options),
         images=tuple(images),
     )
-    facts = {"labels": [info.name_of(label) for label in labels], **NO_CLIP}
-    return Task(info, job, num_steps=options.num_steps, scale=fields.scale, facts=facts)
+    # Not in `facts`: the count is not checked yet, so the list could be of any length.
+    labels = partial(_labels_of, info, job)
+    return Task(info, job, num_steps=options.num_steps, scale=fields.scale, facts=NO_CLIP, result_facts=labels)
+
+
+def _labels_of(info: ModelInfo, job: JobRequest) -> dict[str, Any]:
+    numbers = [image.label for image in job.images] or [job.options.label] * job.count
+    return {"labels": [info.name_of(number) for number in numbers]}
 
 
 def with_clip(task: Task, clip: ClipInfo, text: Embeddings, evaluations: int, warning: str | None) -> Task:
