@@ -90,7 +90,7 @@ def _task_of(info: ModelInfo, fields: SamplingFields, options: Options, images: 
 
 
 def _labels_of(info: ModelInfo, job: JobRequest) -> dict[str, Any]:
-    numbers = [image.label for image in job.images] or [job.options.label] * job.count
+    numbers: list[int | None] = [image.label for image in job.images] or [job.options.label] * job.count
     return {"labels": [info.name_of(number) for number in numbers]}
 
 
