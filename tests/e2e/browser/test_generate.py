@@ -127,6 +127,7 @@ def test_digit_keys_choose_the_digit_unless_the_user_types(service: Service, ope
     expect(page.locator("#seed")).to_have_value("8")
     expect(chosen).to_have_value("3")
     page.get_by_role("link", name="Draw").click()
+    expect(page.locator("#pad")).to_be_visible()
     page.keyboard.press("5")
     page.get_by_role("link", name="Generate").click()
     expect(chosen).to_have_value("3")
