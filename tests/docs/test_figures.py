@@ -358,6 +358,13 @@ def test_endurance_figures_match_the_results_and_show_no_leak() -> None:
     assert problem_in(found) is None
 
 
+def test_figure_of_the_tutorial_matches_its_evaluation() -> None:
+    found = read_evaluation(RESULTS / "own-pictures.json")
+    stated = f"Of 1,200 pictures from the training above, the judge recognised {found['judge']['accuracy']:.2%}"
+    assert found["num_images"] == 1200
+    assert stated in (DOCS / "your-own-data.md").read_text("utf-8")
+
+
 def test_table_of_letters_matches_its_evaluations_and_the_shipped_checkpoint() -> None:
     evaluations = [read_evaluation(RESULTS / f"letters/{name}.json") for name in ("ddpm", "dpmpp")]
     columns = [*map(as_column, evaluations), as_column(evaluations[0], real=True)]
