@@ -45,15 +45,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def mnist(folder: Path, limit: int | None) -> DataSet:
     """Loads MNIST with at most `limit` training images of each class. None means all. Raises ScriptError."""
-    data = mnist_data(folder)
-    return data if limit is None else data.limited(limit)
+    return mnist_data(folder).limited(limit)
 
 
 def own_data(path: Path, image_size: int | None, limit: int | None, out: Path, reporter: Reporter) -> DataSet:
     """Loads the pictures of the user like `mnist`, and says what they are. Raises ScriptError."""
     check_outside(out, path)
-    data = load_data(path, reporter, image_size)
-    data = data if limit is None else data.limited(limit)
+    data = load_data(path, reporter, image_size).limited(limit)
     for line in lines_about(data):
         reporter.line(line)
     if not (out / STATE).exists():  # A run that was started has the picture. The data of this one may be refused.

@@ -68,8 +68,10 @@ class DataSet:
         """Describes the data in a checkpoint. A run can be resumed only with the same description."""
         return self.known_as or f"{self.name}, {len(self.learn)} training images, SHA-256 {self.digest[:16]}"
 
-    def limited(self, most: int) -> "DataSet":
-        """Keeps the first `most` training images of each class, and all validation and test images."""
+    def limited(self, most: int | None) -> "DataSet":
+        """Keeps the first `most` training images of each class (None: all), and all validation and test images."""
+        if most is None:
+            return self
         number = torch.zeros(len(self.learn), dtype=torch.int64)  # position of each image within its class
         for label in range(len(self.class_names)):
             is_of_class = self.learn.labels == label

@@ -40,6 +40,7 @@ def read_zip(path: Path) -> Source:
     """Reads a zip file. Its pictures are not extracted. Raises ScriptError."""
     try:
         archive = zipfile.ZipFile(path)
+    # ValueError: a name in it is damaged. NotImplementedError: it has features that Python cannot read.
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise ScriptError(f"{path} is not a zip file, or is damaged") from error
     files = [
@@ -179,6 +180,6 @@ def _content(place: str, file: _File) -> bytes:
         raise ScriptError(f"{place} is {file.size / 2**20:.0f} MiB large. The limit is {MAX_FILE_BYTES // 2**20} MiB")
     try:
         return file.read()
-    # RuntimeError: the entry of a zip file is encrypted. NotImplementedError: its compression is not supported.
+    # RuntimeError: the entry of a zip file is encrypted, or (as a subclass) its compression is not supported.
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, OSError, EOFError) as error:
         raise ScriptError(f"{place} cannot be read ({error}). Repair or remove this file") from error
