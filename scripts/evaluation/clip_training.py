@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.diffusion import Diffusion
 from model.files import write_atomically, write_json
+from model.precision import fast_dtype
 from model.schedule import Schedule, ScheduleConfig
 from scripts.common.data.data_set import ImageSet
 from scripts.common.mnist import load_mnist, split_validation
@@ -93,7 +94,8 @@ def train_clip(
 def _pair_loss(model: Any, tokens: Tensor, scene: Scene) -> Tensor:
     """Returns the loss (Zhai 2023, section 3.2), without undecided pairs. True and false pairs have equal weight."""
     x = ((scene.pictures - MEAN) / STD).expand(-1, 3, -1, -1)  # (B, 3, 28, 28)
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the gradient of fused attention is slow
+    is_fast = fast_dtype(x.device) == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_fast), sdpa_kernel(SDPBackend.MATH):  # fused attention: slow
         pictures = F.normalize(model.encode_image(x).float(), dim=1)  # (B, E)
         texts = F.normalize(model.encode_text(tokens).float(), dim=1)  # (P, E)
     logits = model.logit_scale.exp() * pictures @ texts.T + model.logit_bias  # (B, P)

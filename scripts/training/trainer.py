@@ -232,10 +232,10 @@ class Trainer:
 def uses_bfloat16(recipe: Recipe, device: torch.device) -> bool:
     """Returns True if the network computes in bfloat16. Its weights and the optimizer are in float32 in any case.
 
-    A GPU without instructions for bfloat16 uses float32, because float16 would need scaled gradients.
+    A device without instructions for bfloat16 uses float32: a CPU would be many times slower with bfloat16, and float16
+    on a GPU would need scaled gradients.
     """
-    is_slow = device.type == "cuda" and fast_dtype(device) != torch.bfloat16
-    return recipe.precision == "bfloat16" and not is_slow
+    return recipe.precision == "bfloat16" and fast_dtype(device) == torch.bfloat16
 
 
 def _new_network(recipe: Recipe, device: torch.device) -> UNet:

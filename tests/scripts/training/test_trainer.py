@@ -121,14 +121,16 @@ def test_state_of_the_previous_release_can_be_resumed(make_trainer: MakeTrainer,
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
-def test_gpu_computes_in_bfloat16_only_if_it_has_instructions_for_it(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: bool
+@pytest.mark.parametrize(
+    ("fastest", "expected"), [(torch.bfloat16, True), (torch.float16, False), (torch.float32, False)]
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_trains_in_bfloat16_only_on_a_device_with_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, device: str, fastest: torch.dtype, expected: bool
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert uses_bfloat16(recipe_of("cosine"), torch.device("cuda")) is expected
-    assert not uses_bfloat16(recipe_of("plateau"), torch.device("cuda"))  # a recipe in float32
-    assert uses_bfloat16(recipe_of("cosine"), torch.device("cpu"))
+    monkeypatch.setattr("scripts.training.trainer.fast_dtype", lambda device: fastest)
+    assert uses_bfloat16(recipe_of("cosine"), torch.device(device)) is expected
+    assert not uses_bfloat16(recipe_of("plateau"), torch.device(device))  # a recipe in float32
 
 
 def test_progress_is_reported_with_the_number_of_steps(make_trainer: MakeTrainer) -> None:
