@@ -26,7 +26,7 @@ MAX_ROTATION = math.radians(12)
 MAX_SCALING = 0.1
 MAX_SHIFT = 2 / 14  # in units of half of the image width: two pixels of 28
 BATCH_SIZE = 256
-SHIFT_PART = 8  # images in colour are shifted by at most an eighth of their width
+SHIFT_PART = 16  # images in colour are shifted by at most this part of their width
 WEIGHT_DECAY = 0.02
 LABEL_SMOOTHING = 0.05
 MAX_EMA_DECAY = 0.998  # averages over about two epochs
@@ -39,7 +39,7 @@ RECIPES = {
 }
 # For data other than MNIST: epochs are chosen so that training uses about IMAGES_TO_SEE images, and the batch size so
 # that an epoch has about NUM_BATCHES batches.
-IMAGES_TO_SEE, FEWEST_EPOCHS, MOST_EPOCHS = 150_000, 6, 60
+IMAGES_TO_SEE, FEWEST_EPOCHS, MOST_EPOCHS = 150_000, 10, 60
 NUM_BATCHES, SMALLEST_BATCH = 50, 16
 FEWEST_IMAGES = 2  # batch norm needs two
 
@@ -110,6 +110,7 @@ def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
     if len(learn) < FEWEST_IMAGES:
         raise ScriptError(f"a classifier needs at least {FEWEST_IMAGES} training images, but there are {len(learn)}")
     batch_size = min(batch_size or BATCH_SIZE, len(learn))
+    network.prepare(learn.images)
 
     # A CPU without instructions for bfloat16 would be ten times slower with it than in float32.
     is_fast = fast_dtype(torch.device("cpu")) == torch.bfloat16

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.files import write_atomically
 from model.spec import DIGITS
@@ -27,6 +28,9 @@ from scripts.common.mnist import NUM_CLASSES
 WEIGHTS = Path(__file__).parent / "weights"
 METADATA_KEY = "unfog_classifier"
 BATCH_SIZE = 500
+PATCH = 2  # pixels of a side of the patches that the judge for colour images whitens
+NUM_WHITENED = 5000  # images from which their covariance is computed
+WHITENING_EPS = 3e-5  # added to each variance, so that components without information are not amplified
 MOST_CHANNELS = 512  # of a layer, and pixels of a side
 
 
@@ -54,6 +58,9 @@ class Classifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(self.num_features, shape.num_classes)
 
+    def prepare(self, images: Tensor) -> None:
+        """Sets weights that follow from the training images, uint8 (N, C, H, W), before the training. Here, none do."""
+
     def features(self, x: Tensor) -> Tensor:
         """Returns the inputs of the head, (B, F)."""
         return self.body(x)
@@ -63,43 +70,64 @@ class Classifier(nn.Module):
         return self.head(self.dropout(self.features(x)))
 
 
-class Residual(nn.Module):
-    """Adds two convolutions to their input."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.convolutions = nn.Sequential(*_conv(channels, channels, 3), *_conv(channels, channels, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns x + f(x), (B, C, H, W)."""
-        return x + self.convolutions(x)
-
-
 class Judge(Classifier):
-    """Five convolutions with batch norm, followed by global average pooling.
-
-    For images in colour, two of them are residual pairs, because photographs are harder to recognise than digits.
-    """
+    """Five convolutions with batch norm, followed by global average pooling. For grey images."""
 
     def __init__(self, shape: Shape = DIGITS_SHAPE) -> None:
         channels, width = shape.image[0], shape.width
         self.num_features = 4 * width
-
-        def second(channels_within: int) -> tuple[nn.Module, ...]:
-            return _conv(channels_within, channels_within, 3) if channels == 1 else (Residual(channels_within),)
-
         body = nn.Sequential(
             *_conv(channels, width, 5),
             nn.MaxPool2d(2),
             *_conv(width, 2 * width, 3),
-            *second(2 * width),
+            *_conv(2 * width, 2 * width, 3),
             nn.MaxPool2d(2),
             *_conv(2 * width, 4 * width, 3),
-            *second(4 * width),
+            *_conv(4 * width, 4 * width, 3),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
         super().__init__(body, 0.2, shape)
+
+
+class ColourJudge(Classifier):
+    """Three pairs of convolutions behind a layer that whitens patches of pixels, after Jordan (2024).
+
+    Small photographs are harder to recognise than digits. "94% on CIFAR-10 in 3.29 seconds on a single GPU" gives the
+    reasons for the order of the layers.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        (channels, side, _), width = shape.image, shape.width
+        self.num_features = 8 * width
+        layers: list[nn.Module] = []
+        before, side = 2 * channels * PATCH**2, side - PATCH + 1  # the channels and the size after the whitening
+        for after in (2 * width, 4 * width, 8 * width):
+            halved = min(2, side)  # 1 if nothing is left to halve
+            layers += [*_pooled(before, after, halved), *_pooled(after, after, 1)]
+            before, side = after, side // halved
+        body = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten())
+        super().__init__(body, 0.0, shape)
+        self.whitening = nn.Conv2d(channels, 2 * channels * PATCH**2, PATCH)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Returns the inputs of the head, (B, F)."""
+        return self.body(F.gelu(self.whitening(x)))
+
+    def prepare(self, images: Tensor) -> None:
+        """Lets the first layer whiten the patches of these images, and excludes its weights from the training.
+
+        The first half of its outputs are the principal components of a patch, with mean 0 and variance 1. The second
+        half are their negatives.
+        """
+        x = images[:NUM_WHITENED] / 255
+        patches = F.unfold(x, PATCH).transpose(1, 2).flatten(0, 1)  # (N * positions, P)
+        mean = patches.mean(dim=0)  # (P,)
+        variances, components = torch.linalg.eigh(torch.cov(patches.T, correction=0))  # (P,), (P, P)
+        filters = components.T / (variances + WHITENING_EPS).sqrt()[:, None]  # (P, P)
+        weight, bias = torch.cat([filters, -filters]), torch.cat([-filters @ mean, filters @ mean])
+        self.whitening.weight = nn.Parameter(weight.reshape(self.whitening.weight.shape), requires_grad=False)
+        self.whitening.bias = nn.Parameter(bias)
 
 
 class Extractor(Classifier):
@@ -121,12 +149,22 @@ class Extractor(Classifier):
         super().__init__(body, 0.3, shape)
 
 
-KINDS: dict[str, Callable[[Shape], Classifier]] = {"judge": Judge, "extractor": Extractor, "fog_judge": Judge}
+def judge_for(shape: Shape) -> Classifier:
+    """Returns a new judge for images of this shape."""
+    return Judge(shape) if shape.image[0] == 1 else ColourJudge(shape)
+
+
+KINDS: dict[str, Callable[[Shape], Classifier]] = {"judge": judge_for, "extractor": Extractor, "fog_judge": Judge}
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int) -> tuple[nn.Module, ...]:
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
     return conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)
+
+
+def _pooled(in_channels: int, out_channels: int, size: int) -> tuple[nn.Module, ...]:
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return conv, nn.MaxPool2d(size), nn.BatchNorm2d(out_channels), nn.GELU()
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,13 +107,13 @@ def test_classifier_needs_two_images() -> None:
 
 
 def test_colour_images_are_shifted_by_whole_pixels_and_repeat_their_border() -> None:
-    images = torch.zeros(300, 3, 16, 16, dtype=torch.uint8)
-    images[:, 1, 8, 8] = 255
+    images = torch.zeros(300, 3, 32, 32, dtype=torch.uint8)
+    images[:, 1, 16, 16] = 255
     images[:, 2, 0] = 51
     moved = shift(images, torch.Generator().manual_seed(0))
     places = moved[:, 1].flatten(1).argmax(dim=1)
     assert (moved[:, 1].sum(dim=(1, 2)) == 1).all()
-    assert set((places // 16).tolist()) == set((places % 16).tolist()) == {6, 7, 8, 9, 10}
-    is_lower = places // 16 > 8
-    assert torch.equal(moved[is_lower, 2, 0], torch.full((int(is_lower.sum()), 16), 0.2))
+    assert set((places // 32).tolist()) == set((places % 32).tolist()) == {14, 15, 16, 17, 18}
+    is_lower = places // 32 > 16
+    assert torch.equal(moved[is_lower, 2, 0], torch.full((int(is_lower.sum()), 32), 0.2))
     assert (moved[:, 0] == 0).all()

@@ -12,8 +12,11 @@ from scripts.evaluation.classifiers import (
     DIGITS_SHAPE,
     KINDS,
     METADATA_KEY,
+    ColourJudge,
+    Shape,
     accuracy,
     features_of,
+    judge_for,
     load_classifier,
     probabilities_of,
     recognise,
@@ -110,3 +113,32 @@ def test_wrong_metadata_gives_an_error_of_one_line(tmp_path: Path, facts: str) -
     with pytest.raises(ScriptError, match="is not a judge") as error:
         load_classifier("judge", path)
     assert len(str(error.value).splitlines()) == 1
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("side", [8, 12, 28, 32, 64])
+def test_judge_for_colour_accepts_every_image_size_of_a_model(side: int) -> None:
+    network = judge_for(Shape((3, side, side), num_classes=12, width=8)).eval()
+    images = torch.randint(256, (5, 3, side, side), dtype=torch.uint8)
+    assert features_of(network, images).shape == (5, network.num_features)
+    assert probabilities_of(network, images).shape == (5, 12)
+
+
+@torch.inference_mode()
+def test_first_layer_of_the_judge_for_colour_whitens_patches() -> None:
+    network = ColourJudge(Shape((3, 16, 16), width=8)).eval()
+    noise = torch.rand(400, 3, 16, 16)
+    images = (255 * (0.5 * noise + 0.5 * noise.roll(1, dims=-1)).sqrt()).to(torch.uint8)  # neighbours are correlated
+    network.prepare(images)
+    outputs = network.whitening(images / 255)  # (N, 2P, H, W)
+    ahead, negative = outputs.transpose(0, 1).flatten(1).chunk(2)  # (P, N * positions) each
+    torch.testing.assert_close(negative, -ahead)
+    torch.testing.assert_close(ahead.mean(dim=1), torch.zeros(12), atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.cov(ahead), torch.eye(12), atol=0.02, rtol=0)
+
+
+@torch.inference_mode()
+def test_judge_for_colour_can_learn_from_images_of_one_colour() -> None:
+    network = judge_for(Shape((3, 16, 16), width=8)).eval()
+    network.prepare(torch.full((20, 3, 16, 16), 100, dtype=torch.uint8))
+    assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
