@@ -7,7 +7,7 @@ from typing import Any
 from scripts.common.data.data_set import DataSet
 
 AUTO = "auto"  # the name of the preset
-BATCH, SMALLEST_BATCH = 128, 16
+BATCH, SMALLEST_BATCH = 64, 16
 FEWEST_STEPS = 1500  # in the whole training: few images or epochs have smaller batches, if SMALLEST_BATCH permits it
 IMAGES_TO_SEE = 600_000  # training images, counted in each epoch; MNIST's preset sees 1,650,000
 FEWEST_EPOCHS, MOST_EPOCHS = 20, 150
