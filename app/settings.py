@@ -181,8 +181,9 @@ class Settings(BaseSettings):
 
     models: Models = Field(default_factory=dict)
     """models to serve, separated by commas. Each is NAME=PATH of a .safetensors file, or the name of a shipped model:
-    default, fast or letters. The first one is the default. They can have different classes, sizes and colours. The flag
-    --model adds one model and can be repeated (default: the models of UNFOG_CHECKPOINT and UNFOG_FAST_CHECKPOINT)"""
+    default, fast, letters or cifar10. The first one is the default. They can have different classes, sizes and colours.
+    The flag --model adds one model and can be repeated (default: the models of UNFOG_CHECKPOINT and
+    UNFOG_FAST_CHECKPOINT)"""
     checkpoint: Path = SHIPPED
     """checkpoint of the model `default`, a .safetensors file, without UNFOG_MODELS (default: the checkpoint shipped
     with unfog)"""

@@ -28,7 +28,8 @@ CALL_ROWS = 8
 SHIPPED = Path(__file__).parent / "weights" / "default.safetensors"
 SHIPPED_FAST = SHIPPED.with_name("fast.safetensors")  # distilled from SHIPPED
 SHIPPED_LETTERS = SHIPPED.with_name("letters.safetensors")  # capital letters in many fonts
-SHIPPED_MODELS = {path.stem: path for path in (SHIPPED, SHIPPED_FAST, SHIPPED_LETTERS)}  # by name
+SHIPPED_CIFAR10 = SHIPPED.with_name("cifar10.safetensors")  # photographs of ten things, in colour
+SHIPPED_MODELS = {path.stem: path for path in (SHIPPED, SHIPPED_FAST, SHIPPED_LETTERS, SHIPPED_CIFAR10)}  # by name
 EMBEDDED = SHIPPED.with_name("clip")  # the CLIP model, in open_clip's format
 
 

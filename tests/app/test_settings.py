@@ -7,7 +7,7 @@ import pytest
 from pydantic import SecretStr
 
 from app.settings import RateLimit, Settings, SettingsError, load_settings, unknown_variables
-from model.spec import SHIPPED, SHIPPED_FAST, SHIPPED_LETTERS, SHIPPED_MODELS
+from model.spec import SHIPPED, SHIPPED_CIFAR10, SHIPPED_FAST, SHIPPED_LETTERS, SHIPPED_MODELS
 
 
 @pytest.fixture(autouse=True)
@@ -400,13 +400,21 @@ def test_models_are_paths_or_the_names_of_shipped_ones(monkeypatch: pytest.Monke
 
 def test_every_shipped_model_is_a_file() -> None:
     assert all(path.is_file() for path in SHIPPED_MODELS.values())
-    assert {"default": SHIPPED, "fast": SHIPPED_FAST, "letters": SHIPPED_LETTERS} == SHIPPED_MODELS
+    assert {
+        "default": SHIPPED,
+        "fast": SHIPPED_FAST,
+        "letters": SHIPPED_LETTERS,
+        "cifar10": SHIPPED_CIFAR10,
+    } == SHIPPED_MODELS
 
 
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ("cars", "'cars' is not a shipped model (default, fast, letters). Use the form NAME=PATH for another one"),
+        (
+            "cars",
+            "'cars' is not a shipped model (default, fast, letters, cifar10). Use the form NAME=PATH for another one",
+        ),
         ("cars=", "'cars=' has no path"),
         ("two words=x.safetensors", "'two words' is not a name of 1 to 64 letters"),
         ("fast,fast=x.safetensors", "two models have the name 'fast'"),
