@@ -149,7 +149,7 @@ class Extractor(Classifier):
         super().__init__(body, 0.3, shape)
 
 
-def judge_for(shape: Shape) -> Classifier:
+def judge_for(shape: Shape = DIGITS_SHAPE) -> Classifier:
     """Returns a new judge for images of this shape."""
     return Judge(shape) if shape.image[0] == 1 else ColourJudge(shape)
 

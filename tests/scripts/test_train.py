@@ -542,7 +542,7 @@ def test_recipe_for_own_pictures_is_valid_for_every_size(size: int, levels: int)
 
 @pytest.mark.parametrize(
     ("num_images", "epochs", "batch_size"),
-    [(50_000, None, 128), (5400, None, 128), (5400, 20, 64), (1000, None, 64), (200, None, 16), (10, 1, 10)],
+    [(50_000, None, 64), (5400, 20, 64), (5400, 10, 32), (1000, None, 64), (200, None, 16), (10, 1, 10)],
 )
 def test_recipe_for_own_pictures_has_enough_steps_for_few_images(
     num_images: int, epochs: int | None, batch_size: int

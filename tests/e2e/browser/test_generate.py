@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.e2e.browser.conftest import PHONE, Open, Watched
-from tests.e2e.browser.views import choose_more, generate, noisy, predictions, wait_until_finished
+from tests.e2e.browser.views import choose_more, generate, noisy, predictions, wait_until_finished, wait_until_shown
 from tests.e2e.conftest import Start
 from tests.e2e.process import wait_until
 from tests.e2e.service import Service, pngs
@@ -325,7 +325,9 @@ def test_history_brings_back_an_earlier_run(service: Service, open_page: Open) -
     page.goto(f"{service.url}/{ADDRESS.replace('label=4', 'label=5')}")
     expect(page.locator("#history-list li")).to_have_count(2)
     assert predictions(page) != first
+    wait_until_finished(page)
     page.get_by_role("button", name="Digit 4, 3 images, seed 42").click()
+    wait_until_shown(page, first[0])  # until then, the other run can still be on the stage
     wait_until_finished(page)
     assert predictions(page) == first
     page.get_by_role("button", name="Clear the history").click()

@@ -13,6 +13,12 @@ def wait_until_finished(page: Page, root: str = "#generate-stage") -> None:
     expect(page.locator(root).get_by_text(FINISHED)).to_be_visible()
 
 
+def wait_until_shown(page: Page, png: bytes, root: str = "#generate-stage") -> None:
+    """Waits until the first image in the pane of x_0 is this PNG file."""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    expect(page.locator(f"{root} button.tile img").first).to_have_attribute("src", source)
+
+
 def wait_until_compared(page: Page) -> None:
     """Waits until the sample requests of the view Batch are measured in both ways."""
     expect(page.locator("#comparison-text")).to_contain_text(re.compile("it waits for|no request had to wait"))
