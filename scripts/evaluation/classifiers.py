@@ -29,7 +29,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 METADATA_KEY = "unfog_classifier"
 BATCH_SIZE = 500
 PATCH = 2  # pixels of a side of the patches that the judge for colour images whitens
-NUM_WHITENED = 5000  # images from which their covariance is computed
+NUM_WHITENED = 5000  # at most this number of images gives their covariance
 WHITENING_EPS = 3e-5  # added to each variance, so that components without information are not amplified
 MOST_CHANNELS = 512  # of a layer, and pixels of a side
 
@@ -120,7 +120,8 @@ class ColourJudge(Classifier):
         The first half of its outputs are the principal components of a patch, with mean 0 and variance 1. The second
         half are their negatives.
         """
-        x = images[:NUM_WHITENED] / 255
+        # The images of a folder are in the order of their classes, so those at regular distances are taken.
+        x = images[:: -(-len(images) // NUM_WHITENED)] / 255
         patches = F.unfold(x, PATCH).transpose(1, 2).flatten(0, 1)  # (N * positions, P)
         mean = patches.mean(dim=0)  # (P,)
         variances, components = torch.linalg.eigh(torch.cov(patches.T, correction=0))  # (P,), (P, P)
@@ -164,7 +165,8 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int) -> tuple[nn.Mod
 
 def _pooled(in_channels: int, out_channels: int, size: int) -> tuple[nn.Module, ...]:
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    return conv, nn.MaxPool2d(size), nn.BatchNorm2d(out_channels), nn.GELU()
+    pool = [nn.MaxPool2d(size)] if size > 1 else []
+    return conv, *pool, nn.BatchNorm2d(out_channels), nn.GELU()
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,8 +94,8 @@ def train_clip(
 def _pair_loss(model: Any, tokens: Tensor, scene: Scene) -> Tensor:
     """Returns the loss (Zhai 2023, section 3.2), without undecided pairs. True and false pairs have equal weight."""
     x = ((scene.pictures - MEAN) / STD).expand(-1, 3, -1, -1)  # (B, 3, 28, 28)
-    is_fast = fast_dtype(x.device) == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16, enabled=is_fast), sdpa_kernel(SDPBackend.MATH):  # fused attention: slow
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=fast_dtype(x.device) == torch.bfloat16)
+    with mixed, sdpa_kernel(SDPBackend.MATH):  # the gradient of fused attention is slow
         pictures = F.normalize(model.encode_image(x).float(), dim=1)  # (B, E)
         texts = F.normalize(model.encode_text(tokens).float(), dim=1)  # (P, E)
     logits = model.logit_scale.exp() * pictures @ texts.T + model.logit_bias  # (B, P)
