@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +18,7 @@ from PIL import Image
 from model import checkpoint
 from scripts import distil, train
 from scripts.common.data.data_set import DataSet, ImageSet
+from scripts.common.mnist import load_mnist, split_validation
 from scripts.training import loop
 from scripts.training.loop import should_compile
 from scripts.training.recipe import load_recipe
@@ -516,6 +518,25 @@ def test_run_stopped_within_an_epoch_resumes_there_with_the_same_bits(
     train.main(arguments(data_folder, recipe, out))
     assert steps == list(range(6, 12))
     assert differences(out, complete_runs[recipe]) == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_mnist_as_own_pictures_trains_the_same_bits_as_the_built_in_mnist(
+    data_folder: Path, complete_runs: dict[str, Path], tmp_path: Path, recipe: str
+) -> None:
+    learn, validate = split_validation(*load_mnist("train", data_folder / "data"))
+    splits = {"train": learn, "val": validate, "test": load_mnist("test", data_folder / "data")}
+    arrays = {f"{split}_images": images[:, 0].numpy() for split, (images, _) in splits.items()}
+    arrays |= {f"{split}_labels": labels[:, None].numpy() for split, (_, labels) in splits.items()}
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    preset = f"--preset={data_folder / recipe}.toml"
+    train.main(own(tmp_path / "out", tmp_path / "mnist.npz", preset, "--epochs=3"))
+    new, old = (dict(bits(state_of(run)["trainer"])) for run in (tmp_path / "out", complete_runs[recipe]))
+    assert [place for place in new.keys() | old.keys() if new.get(place) != old.get(place)] == []
+    weights = [
+        checkpoint.load(run / "model.safetensors").weights_sha256 for run in (tmp_path / "out", complete_runs[recipe])
+    ]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(

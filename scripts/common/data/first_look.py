@@ -37,8 +37,8 @@ def lines_about(data: DataSet) -> Iterator[str]:
     if smallest < FEW_IMAGES:
         name = data.class_names[counts.index(smallest)]
         yield (
-            f"warning: the class {name!r} has only {smallest} images. With fewer than {FEW_IMAGES}, the network mostly "
-            "repeats the training images"
+            f"warning: the class {name!r} has only {smallest} image{'s' * (smallest > 1)}. With fewer than "
+            f"{FEW_IMAGES}, the network mostly repeats the training images"
         )
     if largest > UNEQUAL * smallest:
         yield (

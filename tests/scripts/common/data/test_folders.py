@@ -116,7 +116,7 @@ def test_names_that_are_not_utf8_are_printable(tmp_path: Path) -> None:
 
 def test_names_of_classes_are_printed_as_they_are_written(tmp_path: Path) -> None:
     root = write(tmp_path / "data", "Äpfel/1.png", "Äpfel/2.png")
-    assert any("warning: the class 'Äpfel' has only 1 images" in line for line in lines_about(load(root)))
+    assert any("warning: the class 'Äpfel' has only 1 image." in line for line in lines_about(load(root)))
     (root / "Äpfel/1.png").unlink()
     assert "the class 'Äpfel' has only one image" in message(root)
 
