@@ -5,6 +5,7 @@ Without --data and --out, overwrites the tracked weights in scripts/evaluation/w
 
 import torch
 
+from model.compiled.memory import keep_freed_memory
 from scripts.common.arguments import (
     Parser,
     add_data_argument,
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--data needs --out, the file to write")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    keep_freed_memory()
     if args.data:
         check_outside(args.out, args.data)
     path = args.out or WEIGHTS / f"{args.kind}.safetensors"

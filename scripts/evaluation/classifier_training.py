@@ -27,8 +27,6 @@ MAX_SCALING = 0.1
 MAX_SHIFT = 2 / 14  # in units of half of the image width: two pixels of 28
 BATCH_SIZE = 256
 SHIFT_PART = 16  # images in colour are shifted by at most this part of their width
-WEIGHT_DECAY = 0.02
-LABEL_SMOOTHING = 0.05
 MAX_EMA_DECAY = 0.998  # averages over about two epochs
 
 # The extractor is trained on unchanged images, since its features must also measure slant, size and position.
@@ -111,6 +109,7 @@ def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
         raise ScriptError(f"a classifier needs at least {FEWEST_IMAGES} training images, but there are {len(learn)}")
     batch_size = min(batch_size or BATCH_SIZE, len(learn))
     network.prepare(learn.images)
+    network.flip = flip
 
     # A CPU without instructions for bfloat16 would be ten times slower with it than in float32.
     is_fast = fast_dtype(torch.device("cpu")) == torch.bfloat16
@@ -123,10 +122,14 @@ def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
         x = _fog(x, diffusion) if fogged else x
         with torch.autocast("cpu", torch.bfloat16, enabled=is_fast):
             logits = network(x.contiguous(memory_format=torch.channels_last))
-        return F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=network.label_smoothing)
 
     batches = Batches(len(learn), batch_size, epochs, generator)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=max_lr, weight_decay=WEIGHT_DECAY)
+    # The scales of batch norm and the biases do not decay, because nothing else sets the size of the outputs.
+    vectors, matrices = ([p for p in network.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (False, True))
+    optimizer = torch.optim.AdamW(
+        [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": network.weight_decay}], max_lr
+    )
     fit(network.train(), loss_of, batches, optimizer, reporter, title=title, warm_up=0.2, average_buffers=True)
     return network.eval().requires_grad_(False)
 

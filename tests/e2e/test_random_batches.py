@@ -12,7 +12,7 @@ import pytest
 from model.checkpoint import CheckpointConfig, save
 from model.precision import can_compile
 from model.schedule import ScheduleConfig
-from model.spec import SHIPPED
+from model.spec import SHIPPED, SHIPPED_MODELS
 from model.unet import UNet
 from tests.e2e.conftest import GUIDANCE, Start, start_service
 from tests.e2e.service import Service
@@ -28,7 +28,7 @@ BATCHED = (  # settings and the minimum of mean rows per step
     ({"UNFOG_MAX_BATCH": "23", "UNFOG_NUM_THREADS": "2"}, ENOUGH_ROWS),
 )
 Body = dict[str, Any]
-NUM_CLASSES = {"default": 10, "fast": 10, "letters": 26, "objects": 12}
+NUM_CLASSES = {"default": 10, "fast": 10, "letters": 26, "cifar10": 10, "objects": 12}
 
 
 def requests(number: int, steps: tuple[int, int], models: Sequence[str]) -> list[Body]:
@@ -54,10 +54,6 @@ def save_random_network(folder: Path, name: str, network: UNet) -> str:
     )
     save(folder / f"{name}.safetensors", network, config)
     return f"{name}={folder / name}.safetensors"
-
-
-def objects() -> UNet:
-    return tiny_unet(seed=6, image_size=32, image_channels=3, num_classes=NUM_CLASSES["objects"])
 
 
 def generate(service: Service, bodies: list[Body], order: int) -> tuple[list[bytes], float]:
@@ -89,7 +85,8 @@ def test_images_of_models_of_different_shapes_are_the_same_in_random_batches(
     start: Start, checkpoint: Path, tmp_path: Path
 ) -> None:
     letters = save_random_network(tmp_path, "letters", tiny_unet(seed=5, num_classes=NUM_CLASSES["letters"]))
-    models = f"default={checkpoint},{letters},{save_random_network(tmp_path, 'objects', objects())}"
+    network = tiny_unet(seed=6, image_size=32, image_channels=3, num_classes=NUM_CLASSES["objects"])
+    models = f"default={checkpoint},{letters},{save_random_network(tmp_path, 'objects', network)}"
     bodies = requests(90, steps=(3, 12), models=("default", "letters", "objects"))
     settings = {"UNFOG_MODELS": models, "UNFOG_REQUEST_TIMEOUT": str(REQUEST_TIMEOUT)}
     alone, rows = generate(start(UNFOG_MAX_BATCH="1", **settings), bodies, order=0)
@@ -103,18 +100,17 @@ def test_images_of_models_of_different_shapes_are_the_same_in_random_batches(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("compile_", ["on", "off"])
-def test_500_images_of_four_models_are_the_same_in_random_batches(compile_: str, tmp_path: Path) -> None:
+def test_500_images_of_the_shipped_models_are_the_same_in_random_batches(compile_: str) -> None:
     if compile_ == "on" and not can_compile():
         pytest.skip("needs a C++ compiler")
-    bodies = requests(500, steps=(20, 100), models=("default", "default", "default", "fast", "letters", "objects"))
-    models = f"default,fast,letters,{save_random_network(tmp_path, 'objects', objects())}"
+    bodies = requests(500, steps=(20, 100), models=("default", "default", "default", "fast", "letters", "cifar10"))
     with ExitStack() as stack:
 
         def service(**variables: str) -> Service:
             return start_service(
                 stack,
                 SHIPPED,
-                UNFOG_MODELS=models,
+                UNFOG_MODELS=",".join(SHIPPED_MODELS),
                 UNFOG_COMPILE=compile_,
                 UNFOG_REQUEST_TIMEOUT=str(REQUEST_TIMEOUT),
                 **variables,

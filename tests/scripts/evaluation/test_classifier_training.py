@@ -10,8 +10,9 @@ from model.spec import DIGITS
 from scripts.common.data.data_set import DataSet, ImageSet
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
+from scripts.evaluation import classifier_training
 from scripts.evaluation.classifier_training import augment, facts_of, shift, train_classifier
-from scripts.evaluation.classifiers import DIGITS_SHAPE, KINDS, Classifier, accuracy
+from scripts.evaluation.classifiers import DIGITS_SHAPE, KINDS, Classifier, Shape, accuracy, judge_for
 from tests.scripts.evaluation.bars import bars
 
 EVERY_KIND = pytest.mark.parametrize("kind", sorted(KINDS))
@@ -104,6 +105,20 @@ def test_classifier_can_be_trained_on_very_few_images(num_images: int) -> None:
 def test_classifier_needs_two_images() -> None:
     with Reporter() as reporter, pytest.raises(ScriptError, match="at least 2 training images, but there are 1"):
         train_classifier(KINDS["extractor"](DIGITS_SHAPE), bars(1, 1), reporter, augmented=False, epochs=1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_only_matrices_decay(monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
+    optimizers: list[torch.optim.Optimizer] = []
+    monkeypatch.setattr(
+        classifier_training, "fit", lambda network, loss, batches, optimizer, *_, **__: optimizers.append(optimizer)
+    )
+    network = judge_for(Shape((channels, 28, 28)))
+    images = ImageSet(torch.randint(256, (8, channels, 28, 28), dtype=torch.uint8), torch.arange(8))
+    with Reporter() as reporter:
+        train_classifier(network, images, reporter, augmented=True, epochs=1)
+    decays = {p: group["weight_decay"] for group in optimizers[0].param_groups for p in group["params"]}
+    assert {p: network.weight_decay * (p.ndim > 1) for p in network.parameters()} == decays
 
 
 def test_colour_images_are_shifted_by_whole_pixels_and_repeat_their_border() -> None:

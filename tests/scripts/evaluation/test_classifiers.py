@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from scripts.common import mnist
 from scripts.common.errors import ScriptError
@@ -145,3 +146,19 @@ def test_judge_for_colour_can_learn_from_images_of_one_colour() -> None:
     network = judge_for(Shape((3, 16, 16), width=8)).eval()
     network.prepare(torch.full((20, 3, 16, 16), 100, dtype=torch.uint8))
     assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("flip", [True, False])
+def test_saved_judge_for_colour_reads_shifted_views_and_mirrors_them_if_the_training_did(
+    tmp_path: Path, flip: bool
+) -> None:
+    save_classifier(tmp_path / "judge", "judge", judge_for(Shape((3, 12, 12))), FACTS | {"flip": flip})
+    network = load_classifier("judge", tmp_path / "judge").network
+    x = torch.rand(8, 3, 12, 12)
+    places = [(torch.arange(12) + shift).clamp(0, 11) for shift in (0, 1, -1)]  # pixels at the border are repeated
+    views = [x[:, :, place][..., place] for place in places]
+    views += [view.flip(-1) for view in views] if flip else []
+    assert isinstance(network, ColourJudge)
+    expected = torch.stack([network.body(F.gelu(network.whitening(view))) for view in views]).mean(dim=0)
+    torch.testing.assert_close(network.features(x), expected)
