@@ -10,7 +10,7 @@ import pytest
 from model.checkpoint import load
 from model.clip_guidance import START, STOP
 from model.prompts import LEAST_SHARE
-from model.spec import EMBEDDED, SHIPPED, SHIPPED_FAST, SHIPPED_LETTERS
+from model.spec import EMBEDDED, SHIPPED, SHIPPED_CIFAR10, SHIPPED_FAST, SHIPPED_LETTERS
 from scripts.benchmark.endurance import problem_in
 from scripts.benchmark.page import page_of, table_in
 from scripts.common.mnist import load_mnist
@@ -365,13 +365,34 @@ def test_figure_of_the_tutorial_matches_its_evaluation() -> None:
     assert stated in (DOCS / "your-own-data.md").read_text("utf-8")
 
 
+def cells_in(document: str) -> list[list[str]]:
+    """Returns the cells of each row of the tables of a document."""
+    return [cells(line) for line in (DOCS / document).read_text("utf-8").splitlines() if line.startswith("|")]
+
+
+def rows_for_classes(*columns: dict[str, str]) -> list[list[str]]:
+    """Returns the rows of a table with these columns, for classes that are not digits."""
+    renamed = {"worst digit": "worst class", "ratio to real digits": "ratio to real images"}
+    return [[renamed.get(name, name), *(column[name] for column in columns)] for name in columns[0]]
+
+
+def test_table_of_cifar10_matches_its_evaluation() -> None:
+    evaluation, document = read_evaluation(RESULTS / "cifar10.json"), (DOCS / "cifar10.md").read_text("utf-8")
+    rows = rows_for_classes(as_column(evaluation), as_column(evaluation, real=True))
+    rows += [["ratio in the features of the judge", f"{evaluation['judge_frechet_ratio']:.2f}", "1"]]
+    assert [row for row in rows if row not in cells_in("cifar10.md")] == []
+    loaded = load(SHIPPED_CIFAR10)
+    assert loaded.config.training["evaluation"] == [evaluation]
+    assert (evaluation["weights_sha256"], evaluation["num_images"]) == (loaded.weights_sha256, 10_000)
+    assert evaluation["options"]["guidance"] == asdict(loaded.config.guidance_of("dpmpp"))
+    for name, network in evaluation["networks"].items():
+        assert f"the {name} recognises {network['test_accuracy']:.2%}" in document
+
+
 def test_table_of_letters_matches_its_evaluations_and_the_shipped_checkpoint() -> None:
     evaluations = [read_evaluation(RESULTS / f"letters/{name}.json") for name in ("ddpm", "dpmpp")]
-    columns = [*map(as_column, evaluations), as_column(evaluations[0], real=True)]
-    rows = [cells(line) for line in (DOCS / "letters.md").read_text("utf-8").splitlines() if line.startswith("|")]
-    renamed = {"worst digit": "worst class", "ratio to real digits": "ratio to real images"}
-    for name in columns[0]:
-        assert [renamed.get(name, name), *(column[name] for column in columns)] in rows
+    rows = rows_for_classes(*map(as_column, evaluations), as_column(evaluations[0], real=True))
+    assert [row for row in rows if row not in cells_in("letters.md")] == []
     loaded = load(SHIPPED_LETTERS)
     assert loaded.config.training["evaluation"] == evaluations
     for evaluation in evaluations:
