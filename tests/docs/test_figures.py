@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from dataclasses import asdict
 from pathlib import Path
 
@@ -363,6 +364,23 @@ def test_figure_of_the_tutorial_matches_its_evaluation() -> None:
     stated = f"Of 1,200 pictures from the training above, the judge recognised {found['judge']['accuracy']:.2%}"
     assert found["num_images"] == 1200
     assert stated in (DOCS / "your-own-data.md").read_text("utf-8")
+
+
+def test_ratios_of_a_service_with_four_models_match_their_measurement_and_exceed_097() -> None:
+    ratios: dict[str, list[float]] = {}
+    for row in json.loads((RESULTS / "benchmarks/zen3/four-models.json").read_text())["rows"]:
+        ratios.setdefault(row["load"], []).append(row["new"] / row["base"])
+    stated = [
+        f"{round_to(statistics.median(each))} ({round_to(min(each))} to {round_to(max(each))})"
+        for each in ratios.values()
+    ]
+    assert f"are {stated[0]}, {stated[1]} and {stated[2]}, so models" in (DOCS / "benchmarks.md").read_text("utf-8")
+    assert min(statistics.median(each) for each in ratios.values()) >= 0.97
+
+
+def round_to(ratio: float) -> str:
+    """Returns a ratio with three digits."""
+    return f"{ratio:.3f}" if ratio < 0.9995 else f"{ratio:.2f}"
 
 
 def cells_in(document: str) -> list[list[str]]:
