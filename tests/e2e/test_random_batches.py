@@ -98,7 +98,7 @@ def test_images_of_models_of_different_shapes_are_the_same_in_random_batches(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(2 * REQUEST_TIMEOUT)
 @pytest.mark.parametrize("compile_", ["on", "off"])
 def test_500_images_of_the_shipped_models_are_the_same_in_random_batches(compile_: str) -> None:
     if compile_ == "on" and not can_compile():
