@@ -18,6 +18,7 @@ PATIENCE = 180  # seconds; a generous timeout, not a measure of speed
 PULL_PATIENCE = 600
 BUILD_PATIENCE = 3600  # a build downloads PyTorch if no wheel is given
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+PATIENT = {"UNFOG_DRAIN_TIMEOUT": "120", "UNFOG_STOP_GRACE_PERIOD": "140s"}  # a slow machine needs more than 25 s
 PORTS = {"unfog": "UNFOG_PORT", "prometheus": "UNFOG_PROMETHEUS_PORT", "grafana": "UNFOG_GRAFANA_PORT"}
 
 
@@ -71,7 +72,8 @@ class Stack:
         self.tag = f"test-{os.getpid()}"
         self.image = f"unfog:{self.tag}"
         self.ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
-        self.environment = {"UNFOG_TAG": self.tag, **{PORTS[name]: str(port) for name, port in self.ports.items()}}
+        self.environment = {"UNFOG_TAG": self.tag, **PATIENT}
+        self.environment |= {PORTS[name]: str(port) for name, port in self.ports.items()}
         self.files = ["docker-compose.yml", "docker-compose.cpu.yml"]
         if wheels:
             build = {"build": {"additional_contexts": {"wheels": str(wheels.resolve())}}}
