@@ -82,6 +82,13 @@ def build_parser() -> Parser:
         help=f"{', '.join(preset_names(of_students=False))}, a path to a .toml file, or {AUTO}, which chooses it for "
         f"the data; default: {AUTO} with --data, otherwise default",
     )
+    parser.add_argument(
+        "--start-from",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="start with the weights of this model.safetensors and train it further, with the learning rates of the "
+        "preset from the beginning; its network must be that of the preset; default: random weights",
+    )
     add_data_argument(parser)
     add_training_arguments(parser)
     return parser

@@ -26,7 +26,7 @@ from model.schedule import MIN_HALF_LOG_SNR, Schedule
 from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
-from scripts.training.loop import TrainingRequest, train
+from scripts.training.loop import TrainingRequest, first_weights, train
 from scripts.training.objective import HeldOut, Losses, LossOf
 from scripts.training.recipe import STUDENT_SAMPLER, TEACHER_SAMPLER, DistillationRecipe, Recipe
 from scripts.training.run import PATHS
@@ -193,10 +193,10 @@ def distil(request: TrainingRequest, teacher: Path, reporter: Reporter) -> None:
     """
     recipe, loaded = request.load_recipe(), checkpoint.load(teacher)
     distillation = _check(recipe, loaded)
+    start = first_weights(loaded, recipe, "the teacher")
     device, compiled = request.prepare()
     request.out.mkdir(parents=True, exist_ok=True)
     end = time.perf_counter() + (60 * request.time_limit if request.time_limit else math.inf)
-    start = {name: tensor.clone() for name, tensor in loaded.network.state_dict().items()}
     drawer = Drawer(loaded, device)
     drawer.compile("on" if compiled else "off", reporter)
     paths = draw_paths(
@@ -226,10 +226,7 @@ def _check(recipe: Recipe, teacher: Checkpoint) -> DistillationRecipe:
     """Returns the recipe's table [distillation]. Raises ScriptError if it is missing or does not fit the teacher."""
     if not recipe.distillation:
         raise ScriptError("the recipe has no [distillation] table. Use --preset fast, or train with scripts.train")
-    own, its = (recipe.unet, recipe.schedule, recipe.prediction), teacher.config
-    for mine, theirs in zip(own, (its.unet, its.schedule, its.prediction), strict=True):
-        if mine != theirs:
-            raise ScriptError(f"the recipe and the teacher differ: the recipe has {mine}, the teacher has {theirs}")
+    its = teacher.config
     if its.steps or TEACHER_SAMPLER not in its.samplers:
         raise ScriptError(
             f"the teacher must permit the sampler {TEACHER_SAMPLER} with any number of steps. "

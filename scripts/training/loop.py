@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from model import checkpoint
+from model.checkpoint import Checkpoint
 from model.compiled.memory import keep_freed_memory
 from model.files import write_atomically
 from model.precision import can_compile, no_compiler
@@ -39,6 +42,7 @@ class TrainingRequest:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     compile: str = "auto"  # auto, on or off
     num_threads: int | None = None  # None means torch's default
+    start_from: Path | None = None  # checkpoint with the first weights; None means random weights
     flip: bool = False  # mirror each training image with probability 0.5
     tensorboard: bool = False  # write losses and images for TensorBoard
 
@@ -67,6 +71,7 @@ def train_on(request: TrainingRequest, load: Callable[[], DataSet], reporter: Re
     """Trains the network of the preset on the data that `load` returns. Raises ScriptError if it cannot start."""
     if request.preset != AUTO and request.load_recipe().distillation:
         raise ScriptError(f"the preset {request.preset} is for distillation. Use it with scripts.distil")
+    start = checkpoint.load(request.start_from) if request.start_from else None
     device, compiled = request.prepare()
     data = load()  # after everything that can be checked without it, because it can take minutes
     if request.preset == AUTO:
@@ -77,10 +82,12 @@ def train_on(request: TrainingRequest, load: Callable[[], DataSet], reporter: Re
             f"batch_size is {recipe.batch_size}, but there are only {len(data.learn)} training images. "
             "Use --preset auto"
         )
+    weights = first_weights(start, recipe, str(request.start_from)) if start else None
     objective = DenoisingObjective(recipe, data.learn, data.validate, device)
     request.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(recipe, objective, seed=request.seed, device=device, compiled=compiled)
+    trainer = Trainer(recipe, objective, seed=request.seed, device=device, compiled=compiled, start=weights)
     run = request.run_of(recipe, data.description, data.class_names)
+    run.start = start.weights_sha256 if start else None
     if request.tensorboard:
         run.watch = tensorboard_writer(run.folder / TENSORBOARD)
     train(trainer, run, reporter, time_limit=request.time_limit)
@@ -89,6 +96,18 @@ def train_on(request: TrainingRequest, load: Callable[[], DataSet], reporter: Re
         if is_installed("matplotlib"):
             plot_losses([run.folder], run.folder / CURVES)
         write_atomically(run.folder / CARD, card(run, data, num_parameters).encode())
+
+
+def first_weights(loaded: Checkpoint, recipe: Recipe, name: str) -> dict[str, Tensor]:
+    """Returns a copy of the weights of a checkpoint. `name` describes the checkpoint in an error.
+
+    Raises ScriptError if its network, noise schedule or prediction is not that of the recipe.
+    """
+    own, its = (recipe.unet, recipe.schedule, recipe.prediction), loaded.config
+    for mine, theirs in zip(own, (its.unet, its.schedule, its.prediction), strict=True):
+        if mine != theirs:
+            raise ScriptError(f"the recipe and {name} differ: the recipe has {mine}, {name} has {theirs}")
+    return {name: tensor.clone() for name, tensor in loaded.network.state_dict().items()}
 
 
 def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float | None = None) -> None:

@@ -57,6 +57,7 @@ class Run:
     ) -> None:
         self.folder, self.preset, self.recipe, self.seed, self.data = folder, preset, recipe, seed, data
         self.class_names = class_names
+        self.start: str | None = None  # the digest of the first weights if they are those of a checkpoint
         self.results: list[EpochResult] = []
         self.watch: Callable[[EpochResult, Tensor], None] = lambda result, images: None  # called after each epoch
         self.earlier_arithmetic: str | None = None  # Trainer.arithmetic before the run was resumed
@@ -74,12 +75,13 @@ class Run:
         if not recipe["flip"]:  # The runs of the previous release do not have it.
             del recipe["flip"]
         identity = {"recipe": recipe, "seed": self.seed, "data": digest_in(self.data)}
+        identity |= {"start": self.start} if self.start else {}
         return identity if self.class_names == DIGITS else identity | {"class_names": self.class_names}
 
     def resume(self, trainer: Trainer) -> bool:
         """Restores the trainer to the last saved state. Returns False if the folder has no state yet.
 
-        Raises ScriptError if the state cannot be read or belongs to another recipe, seed, data set or release.
+        Raises ScriptError if the state cannot be read, or if its identity or its release is another one.
         """
         path = self.folder / STATE
         for left_over in self.folder.glob(f".{STATE}.*"):  # by a process that was killed while it saved
@@ -92,7 +94,8 @@ class Run:
         except Exception as error:
             raise ScriptError(f"{path} cannot be read ({type(error).__name__}). Use another --out folder") from error
         if identity != self.identity:
-            raise ScriptError(f"{self.folder} has a run with another recipe, seed or data. Use another --out folder")
+            different = "another recipe, seed or data, or other first weights"
+            raise ScriptError(f"{self.folder} has a run with {different}. Use another --out folder")
         try:
             trainer.load_state_dict(state["trainer"])
             self.results = [EpochResult(**result) for result in state["results"]]
@@ -153,6 +156,7 @@ class Run:
                 "data": self.data,
                 "epochs": trainer.epoch,
                 "seed": self.seed,
+                **({"start": self.start} if self.start else {}),
                 "label_drop": self.recipe.label_drop,
                 "final_losses": {"train": last.train_loss, "validation": last.validation_loss},
             },

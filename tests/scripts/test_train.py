@@ -290,6 +290,42 @@ def test_epochs_option_overrides_the_preset(data_folder: Path) -> None:
     assert state_of(data_folder / "short")["trainer"]["epoch"] == 1
 
 
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(run / "model.safetensors").network.state_dict()
+
+
+def test_training_starts_from_the_weights_of_a_checkpoint(data_folder: Path, complete_runs: dict[str, Path]) -> None:
+    """With a learning rate of nearly zero, the weights stay those of the start."""
+    recipe = data_folder / "standstill.toml"
+    recipe.write_text(RECIPES["cosine"].replace("lr = 1e-2", "lr = 1e-12"))
+    start = complete_runs["cosine"] / "model.safetensors"
+    out = data_folder / "standstill-run"
+    argv = arguments(data_folder, "standstill", out, "--start-from", str(start))
+    train.main(argv)
+    before, after = weights_of(complete_runs["cosine"]), weights_of(out)
+    assert all(torch.allclose(after[name], before[name], rtol=0, atol=1e-9) for name in before)
+    facts = checkpoint.load(out / "model.safetensors").config.training
+    assert facts["start"] == checkpoint.load(start).weights_sha256
+    train.main(argv)  # the finished run is resumed
+
+
+def test_run_with_other_first_weights_is_rejected(
+    data_folder: Path, complete_runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = str(complete_runs["cosine"] / "model.safetensors")
+    argv = arguments(data_folder, "cosine", complete_runs["cosine"], "--start-from", start)
+    assert "other first weights. Use another --out folder" in error_line(argv, capsys)
+
+
+def test_start_from_another_network_gives_a_one_line_error(
+    data_folder: Path, complete_runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = complete_runs["plateau"] / "model.safetensors"
+    argv = arguments(data_folder, "cosine", data_folder / "never", "--start-from", str(start))
+    assert f"the recipe and {start} differ: the recipe has " in error_line(argv, capsys)
+    assert not (data_folder / "never").exists()
+
+
 def error_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Runs scripts.train, which must exit with status 2. Returns the line on stderr."""
     capsys.readouterr()
@@ -316,6 +352,7 @@ def error_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--device", "meta"], "--device meta"),
         (["--compile", "maybe"], "--compile"),
         (["--num-threads", "0"], "--num-threads"),
+        (["--start-from", "/no/model.safetensors"], "/no/model.safetensors"),
         (["--verbose"], "--verbose"),
         (["--out", "/dev/null"], "/dev/null"),
         (["--out", "/dev/null/run"], "/dev/null"),
@@ -452,7 +489,10 @@ def test_other_data_does_not_resume_a_run(tmp_path: Path, capsys: pytest.Capture
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit):
         train.main(own(out, root, "--tensorboard"))
-    assert "has a run with another recipe, seed or data. Use another --out folder" in capsys.readouterr().err
+    assert (
+        "has a run with another recipe, seed or data, or other first weights. Use another --out folder"
+        in capsys.readouterr().err
+    )
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
