@@ -14,7 +14,7 @@ denoise     removal of noise from real digits, and probabilities of the digit in
 inpaint     recognition of real digits after a part was erased and filled in, and the fit at the border
 edit        recognition of redrawn sketches, and their distance from the sketches
 
-Use the validation split to choose settings. Use the test split for the figures that you publish.
+Choose settings with --split validation, but guidance with `digits --split training`. Publish figures of --split test.
 """
 
 import argparse
@@ -198,7 +198,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="|".join(PACKAGES), dest="command")
     digits = commands.add_parser("digits", help="evaluate generated digits; write a table, JSON and plots")
     _add_digits(digits)
-    _add_pictures(commands.add_parser("pictures", help="the metrics of digits, for a model of your own pictures"))
+    _add_pictures(commands.add_parser("pictures", help="evaluate a model of your own pictures with the same metrics"))
     fog = commands.add_parser("fog", help="recognition of real digits at each noise level")
     fog.add_argument(
         "--checkpoint",

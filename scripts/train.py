@@ -79,15 +79,15 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--preset",
-        help=f"{', '.join(preset_names(of_students=False))}, a path to a .toml file, or {AUTO}, which chooses it for "
+        help=f"{', '.join(preset_names(of_students=False))}, a path to a .toml file, or {AUTO}, which chooses one for "
         f"the data; default: {AUTO} with --data, otherwise default",
     )
     parser.add_argument(
         "--start-from",
         type=Path,
         metavar="CHECKPOINT",
-        help="start with the weights of this model.safetensors and train it further, with the learning rates of the "
-        "preset from the beginning; its network must be that of the preset; default: random weights",
+        help="checkpoint whose weights the training starts with. The learning rate starts again as in the preset, and "
+        "network, noise schedule and prediction must be those of the preset; default: random weights",
     )
     add_data_argument(parser)
     add_training_arguments(parser)

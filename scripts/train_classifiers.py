@@ -1,6 +1,7 @@
 """Trains the classifiers that evaluate generated images: `python -m scripts.train_classifiers judge`.
 
-Without --data and --out, overwrites the tracked weights in scripts/evaluation/weights, which scripts.evaluate uses.
+Without --out, it overwrites the tracked weights in scripts/evaluation/weights, which scripts.evaluate uses. --data
+needs --out.
 """
 
 import torch

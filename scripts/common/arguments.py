@@ -287,7 +287,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=integer(0, 2**32 - 1),
         default=0,
-        help="the same seed gives the same weights on the same machine; default: 0",
+        help="seed of the weights, the order of the images and the noise; on a CPU, the same seed gives the same bits "
+        "with the same PyTorch, threads and compile mode; default: 0",
     )
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N; default: auto, a GPU if there is one"

@@ -61,10 +61,12 @@ def _training(run: Run, num_parameters: int) -> str:
     best = min(run.results, key=lambda result: (math.isnan(result.validation_loss), result.validation_loss))
     curves = f" and `{CURVES}`" if (run.folder / CURVES).exists() else ""
     recipe = "\n".join(describe(run.recipe.model_dump(mode="json", exclude_none=True)))
+    start = f" It started with the weights whose SHA-256 is {run.start}." if run.start else ""
+    loss = f"{best.validation_loss:.5f}"
     return f"""## Training
 
-The network has {num_parameters:,} parameters. It was trained for {len(run.results)} epochs with the seed {run.seed}. \
-The checkpoint is that of epoch {best.epoch}, which had the lowest validation loss, {best.validation_loss:.5f}. \
+The network has {num_parameters:,} parameters.{start} It was trained for {len(run.results)} epochs with the seed \
+{run.seed}. The checkpoint is that of epoch {best.epoch}, which had the lowest validation loss, {loss}. \
 The losses of all epochs are in `losses.csv`{curves}. The recipe, from the preset `{run.preset}`:
 
 ```text

@@ -94,7 +94,7 @@ class Run:
         except Exception as error:
             raise ScriptError(f"{path} cannot be read ({type(error).__name__}). Use another --out folder") from error
         if identity != self.identity:
-            different = "another recipe, seed or data, or other first weights"
+            different = "another recipe, seed, data or starting checkpoint"
             raise ScriptError(f"{self.folder} has a run with {different}. Use another --out folder")
         try:
             trainer.load_state_dict(state["trainer"])

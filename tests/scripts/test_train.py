@@ -306,15 +306,16 @@ def test_training_starts_from_the_weights_of_a_checkpoint(data_folder: Path, com
     assert all(torch.allclose(after[name], before[name], rtol=0, atol=1e-9) for name in before)
     facts = checkpoint.load(out / "model.safetensors").config.training
     assert facts["start"] == checkpoint.load(start).weights_sha256
+    assert f"the weights whose SHA-256 is {facts['start']}" in (out / "README.md").read_text("utf-8")
     train.main(argv)  # the finished run is resumed
 
 
-def test_run_with_other_first_weights_is_rejected(
+def test_run_with_another_starting_checkpoint_is_rejected(
     data_folder: Path, complete_runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = str(complete_runs["cosine"] / "model.safetensors")
     argv = arguments(data_folder, "cosine", complete_runs["cosine"], "--start-from", start)
-    assert "other first weights. Use another --out folder" in error_line(argv, capsys)
+    assert "starting checkpoint. Use another --out folder" in error_line(argv, capsys)
 
 
 def test_start_from_another_network_gives_a_one_line_error(
@@ -404,7 +405,7 @@ def test_folder_of_another_run_is_rejected_and_not_changed(
 ) -> None:
     before = (complete_runs["cosine"] / "state.pt").read_bytes()
     argv = arguments(data_folder, recipe, complete_runs["cosine"], "--seed", "1")
-    assert "has a run with another recipe, seed or data" in error_line(argv, capsys)
+    assert "has a run with another recipe, seed, data or starting checkpoint" in error_line(argv, capsys)
     assert (complete_runs["cosine"] / "state.pt").read_bytes() == before
 
 
@@ -490,7 +491,7 @@ def test_other_data_does_not_resume_a_run(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         train.main(own(out, root, "--tensorboard"))
     assert (
-        "has a run with another recipe, seed or data, or other first weights. Use another --out folder"
+        "has a run with another recipe, seed, data or starting checkpoint. Use another --out folder"
         in capsys.readouterr().err
     )
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
@@ -507,7 +508,7 @@ def test_run_continues_after_its_data_was_moved_but_not_after_a_class_was_rename
     (tmp_path / "moved" / "cat").rename(tmp_path / "moved" / "beta")
     with pytest.raises(SystemExit):
         train.main(own(out, tmp_path / "moved"))
-    assert "has a run with another recipe, seed or data" in capsys.readouterr().err
+    assert "has a run with another recipe, seed, data or starting checkpoint" in capsys.readouterr().err
 
 
 def test_file_that_a_killed_process_left_is_removed(tmp_path: Path) -> None:
