@@ -35,6 +35,7 @@ from model.unet import UNet, UNetConfig
 
 FORMAT_VERSION = 1
 MAX_FILE_BYTES = 2**28
+METADATA_BYTES = 2**20  # reserved for everything but the weights
 # A small file can describe a network that needs terabytes. These limits are checked before memory is allocated.
 MAX_SIZES = {
     "image_size": 256,
@@ -371,10 +372,14 @@ def _check_shapes(unet: UNetConfig, shapes: dict[str, tuple[int, ...]]) -> None:
     _check_table(network)
 
 
-def check_table(unet: UNetConfig) -> None:
-    """Raises ValueError if the conditioning table of the network is too large, before the network needs memory."""
+def check_network(unet: UNetConfig) -> None:
+    """Raises ValueError if a network is too large for a checkpoint, before it needs memory."""
     with torch.device("meta"), _WithoutCompiler():
-        _check_table(UNet(unet))
+        network = UNet(unet)
+    _check_table(network)
+    num_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
+    if num_bytes > MAX_FILE_BYTES - METADATA_BYTES:
+        raise ValueError(f"the weights need {num_bytes >> 20} MiB, the limit is {MAX_FILE_BYTES >> 20} MiB")
 
 
 def _check_table(network: UNet) -> None:

@@ -87,7 +87,7 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def choose_labels(asked: list[str], class_names: Sequence[str]) -> list[int]:
-    """Returns the labels of --label in order, without duplicates. `all` means every class.
+    """Returns the labels of --label in order, without duplicates. `all` means every class if no class has this name.
 
     Raises ScriptError for a value that is not the name or the number of a class.
     """
@@ -95,9 +95,9 @@ def choose_labels(asked: list[str], class_names: Sequence[str]) -> list[int]:
     known |= {name: label for label, name in enumerate(class_names)}  # A name has priority over a number.
     labels: list[int] = []
     for text in asked:
-        if text != "all" and text not in known:
+        if text not in known and text != "all":
             raise ScriptError(f"--label {text}: must be 0 to {len(class_names) - 1}, the name of a class, or all")
-        labels += range(len(class_names)) if text == "all" else [known[text]]
+        labels += [known[text]] if text in known else range(len(class_names))
     return list(dict.fromkeys(labels))
 
 

@@ -11,6 +11,8 @@ from model.files import write_atomically
 from model.pixels import to_pixels
 from model.png import encode_pixels
 
+GRID_COLUMNS = 10  # of the pictures of an epoch
+
 
 def grid(x_0: Tensor, columns: int) -> Tensor:
     """Arranges images (N, C, H, W) in [-1, 1] row by row. Returns uint8 (rows * H, columns * W, C).

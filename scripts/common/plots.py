@@ -21,7 +21,7 @@ from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_
 from scripts.common.errors import ScriptError
 from scripts.common.figures import Panel, draw_panels, finish_curves, new_figure, plain, save_figure
 from scripts.common.mnist import load_mnist
-from scripts.common.pictures import grid, save_grid
+from scripts.common.pictures import GRID_COLUMNS, grid, save_grid
 from scripts.common.progress import Reporter, require
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def read_losses(path: Path) -> Losses:
 
 
 def show_epochs(run: Path, epochs: Sequence[int] | None = None) -> "Figure":
-    """Returns a figure of the same ten digits after several epochs, with one row per epoch.
+    """Returns a figure of the same images after several epochs, with one row per epoch.
 
     The default epochs are 1, 5, 15 and 30. The last epoch of the run replaces those that are beyond it.
     Raises ScriptError if the run does not have a requested epoch.
@@ -129,12 +129,21 @@ def show_epochs(run: Path, epochs: Sequence[int] | None = None) -> "Figure":
     grids = []
     for epoch in epochs:
         with Image.open(folder / f"{epoch:02d}.png") as image:
-            pixels = torch.tensor(list(image.convert("L").tobytes()), dtype=torch.uint8)
-            grids.append(F.pad(pixels.view(image.height, image.width), (0, 0, 0, ROW_GAP), value=255))
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, -1)
+            grids.append(F.pad(pixels, (0, 0, 0, 0, 0, ROW_GAP), value=255))  # (H, W, C)
     if len({pixels.shape for pixels in grids}) > 1:
         raise ScriptError(f"the images in {folder} have different sizes, so they are from different runs")
     labels = [f"epoch {epoch}" for epoch in epochs]
-    return draw_panels([Panel(torch.cat(grids)[..., None], [str(digit) for digit in range(10)], labels)], scale=1)
+    return draw_panels([Panel(torch.cat(grids), columns_of(run), labels)], scale=1)
+
+
+def columns_of(run: Path) -> Sequence[str]:
+    """Returns the class of each column in the images of the epochs. Empty if a column has several classes."""
+    try:
+        names = checkpoint.read_config(run / "model.safetensors").class_names
+    except checkpoint.CheckpointError:  # The images are of a run that lost its checkpoint, and may be of any classes.
+        return ()
+    return names if len(names) <= GRID_COLUMNS else ()
 
 
 def plot_drawn_noise(request: DrawingRequest, digit: int, out: Path, reporter: Reporter) -> None:
@@ -172,7 +181,8 @@ def plot_losses(runs: Sequence[Path], out: Path) -> None:
 
 def plot_epochs(run: Path, epochs: Sequence[int] | None, out: Path) -> None:
     """Writes a figure with the digits of several epochs of a run, one row per epoch."""
-    save_figure(show_epochs(run, epochs), out, grey=True)
+    figure = show_epochs(run, epochs)
+    save_figure(figure, out, grey=False, colours=256)
 
 
 def plot_sheet(request: DrawingRequest, out: Path, reporter: Reporter, *, data_dir: Path | None = None) -> None:

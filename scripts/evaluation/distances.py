@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scripts.common.data.data_set import digest_of
 from scripts.common.progress import require
 from scripts.evaluation.tables import MANIFOLD
 
@@ -100,11 +101,24 @@ class Nearest:
         return self.distances[:, 0] / self.distances[:, 1].clamp(min=1e-12)
 
 
-def nearest_learned(images: Tensor, learned: Tensor) -> Nearest:
-    """Finds the nearest training images, `learned` (M, C, H, W), of `images` (N, C, H, W), both uint8."""
-    ours, theirs = images.flatten(1).float() / 255, learned.flatten(1).float() / 255
-    found = [torch.cdist(rows, theirs).topk(2, dim=1, largest=False) for rows in ours.split(DISTANCE_ROWS)]
-    return Nearest(torch.cat([f.values for f in found]), torch.cat([f.indices for f in found]))
+def nearest_learned(images: Tensor, learned: Tensor, *, flip: bool = False) -> Nearest:
+    """Finds the nearest training images, `learned` (M, C, H, W), of `images` (N, C, H, W), both uint8.
+
+    Equal training images count as one. Otherwise the second nearest of a copy would be as near as the nearest. With
+    `flip`, the distance to a training image is the smaller one of those to it and to its mirror image. If all training
+    images are equal, the second nearest is infinitely far.
+    """
+    distinct = torch.tensor(list({digest_of(image): row for row, image in reversed([*enumerate(learned)])}.values()))
+    distinct = distinct.sort().values  # (U,), the first row of each training image
+    theirs = learned[distinct].flatten(1).float() / 255  # (U, C * H * W)
+    nearest = torch.full((len(images), 2), torch.inf), torch.zeros((len(images), 2), dtype=torch.int64)
+    for rows in torch.arange(len(images)).split(DISTANCE_ROWS):
+        views = [images[rows], images[rows].flip(-1)] if flip else [images[rows]]
+        distances = [torch.cdist(view.flatten(1).float() / 255, theirs) for view in views]  # (B, U) each
+        found = torch.stack(distances).amin(dim=0).topk(min(2, len(theirs)), dim=1, largest=False)
+        for to, values in zip(nearest, (found.values, distinct[found.indices]), strict=True):
+            to[rows, : values.shape[1]] = values
+    return Nearest(*nearest)
 
 
 def memorised_share(nearest: Nearest, threshold: float = 1 / 3) -> float:

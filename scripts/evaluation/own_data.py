@@ -7,6 +7,7 @@ from pathlib import Path
 from model.spec import DIGITS
 from scripts.common.arguments import check_outside
 from scripts.common.data.data_set import DataSet, digest_in, load_data
+from scripts.common.data.first_look import repeated_images
 from scripts.common.drawing import DrawingRequest, open_drawer, step_cache
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
@@ -14,6 +15,7 @@ from scripts.evaluation.classifier_training import recipe_for, train_and_save
 from scripts.evaluation.classifiers import Trained, load_classifier
 from scripts.evaluation.quality import Evaluator, evaluate_samples
 from scripts.evaluation.samples import NUM_IMAGES, references_of, samples_of_drawer
+from scripts.training.run import earlier_data
 
 RELEASE = 4  # part of the cache key; increase it when the training changes, to discard cached classifiers
 
@@ -48,17 +50,20 @@ def evaluate_pictures(
         raise ScriptError(
             f"--data has {own}, but the checkpoint has {learned}. Give the data on which the checkpoint was trained"
         )
-    trained_on = drawer.checkpoint.config.training.get("data")
-    if trained_on and digest_in(trained_on) != digest_in(pictures.description):
+    for warning in repeated_images(pictures):
+        reporter.line(warning)
+    facts = drawer.checkpoint.config.training
+    trained_on = [facts.get("data"), *earlier_data(facts)]
+    if any(isinstance(each, str) and digest_in(each) != digest_in(pictures.description) for each in trained_on):
         reporter.line(
-            "note: --data has other pictures than the training of the checkpoint. The held-out pictures may be among "
-            "those from which it learned"
+            "note: the checkpoint was not trained with exactly the pictures of --data. The held-out pictures may be "
+            "among those from which it learned, unless only --limit was different"
         )
     count = count_for(pictures, num_images or NUM_IMAGES, reporter)
     samples = samples_of_drawer(drawer, request, count, reporter)
     judges = own_classifier("judge", pictures, judge, reporter, flip=flip)
     extracts = own_classifier("extractor", pictures, extractor, reporter, flip=flip)
-    evaluate_samples(samples, Evaluator(references_of(pictures), judges, extracts, count), reporter, out)
+    evaluate_samples(samples, Evaluator(references_of(pictures), judges, extracts, count, flip=flip), reporter, out)
 
 
 def count_for(data: DataSet, wanted: int, reporter: Reporter) -> int:

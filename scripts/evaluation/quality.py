@@ -26,7 +26,7 @@ from scripts.evaluation.distances import (
     nearest_learned,
 )
 from scripts.evaluation.pictures import show_confusion, show_nearest
-from scripts.evaluation.recognition import Recognition, recognition
+from scripts.evaluation.recognition import Recognition, recognition_of_features
 from scripts.evaluation.samples import (
     References,
     Samples,
@@ -83,46 +83,59 @@ def _ratio(distance: float | None, floor: float | None) -> float | None:
 
 
 class Evaluator:
-    """Evaluates sets of images. The metrics of the real images are computed only once."""
+    """Evaluates sets of images. The metrics of the real images are computed only once.
 
-    def __init__(self, references: References, judge: Trained, extractor: Trained, num_images: int) -> None:
+    With `flip`, a generated image also counts as memorised if it is nearly the mirror image of a training image: for
+    networks that learned from mirrored images.
+    """
+
+    def __init__(
+        self, references: References, judge: Trained, extractor: Trained, num_images: int, *, flip: bool = False
+    ) -> None:
         self.references, self.judge, self.extractor, self.num_images = references, judge, extractor, num_images
-        self.real_judge, self.real_extractor = (recognition(n.network, references.held_out) for n in (judge, extractor))
-        num_classes, fewest = len(references.class_names), min(sum(row) for row in self.real_judge.confusion)
-        held_out = balanced(references.held_out, num_classes * fewest, num_classes)
+        self._flip = flip
+        all_held_out, num_classes = references.held_out, len(references.class_names)
+        all_judged, all_features = (features_of(n.network, all_held_out.images) for n in (judge, extractor))
+        self.real_judge, self.real_extractor = (
+            recognition_of_features(each.network, features, all_held_out.labels)
+            for each, features in ((judge, all_judged), (extractor, all_features))
+        )
+        fewest = min(sum(row) for row in self.real_judge.confusion)
+        # The same rows of the images and of their features.
+        held_out, self._held_out, self._held_out_judged = (
+            balanced(ImageSet(values, all_held_out.labels), num_classes * fewest, num_classes)
+            for values in (all_held_out.images, all_features, all_judged)
+        )
         real = balanced(references.learned, num_images, num_classes)
-        self._held_out_features, self._held_out_labels = self._features(held_out.images), held_out.labels  # (M, F)
-        self._held_out_judged = features_of(judge.network, held_out.images)  # (M, F)
         real_features = self._features(real.images)  # (N, F)
         noise = torch.randn(real.images.shape, generator=torch.Generator().manual_seed(0))
         self.real_frechet = self._distance(real_features)
-        self.real_judge_frechet = self._judge_distance(real.images)
+        self.real_judge_frechet = self._judge_distance(features_of(judge.network, real.images))
         self._noise_distance = self._distance(self._features(to_pixels(noise)))
         self.real_manifold = self._manifold(real_features, real.labels)
-        self._held_out_nearest = nearest_learned(held_out.images[:num_images], references.learned.images)
+        self._held_out_nearest = nearest_learned(held_out.images[:num_images], references.learned.images, flip=flip)
 
     def evaluate(self, drawn: ImageSet, reporter: Reporter) -> tuple[Quality, Nearest]:
         """Returns the metrics of these images and their nearest training images."""
         with reporter.task("evaluating", 3, "parts") as task:
-            features = self._features(drawn.images)  # (N, F)
-            judged = recognition(self.judge.network, drawn)
+            features, judged = self._features(drawn.images), features_of(self.judge.network, drawn.images)  # (N, F)
             task.advance(1)
             manifold = self._manifold(features, drawn.labels)
             task.advance(1)
-            nearest = nearest_learned(drawn.images, self.references.all_learned.images)
+            nearest = nearest_learned(drawn.images, self.references.all_learned.images, flip=self._flip)
             task.advance(1)
         quality = Quality(
             num_images=len(drawn),
-            num_held_out=len(self._held_out_labels),
+            num_held_out=len(self._held_out),
             split=self.references.name,
-            judge=judged,
+            judge=recognition_of_features(self.judge.network, judged, drawn.labels),
             real_judge=self.real_judge,
-            extractor=recognition(self.extractor.network, drawn),
+            extractor=recognition_of_features(self.extractor.network, features, drawn.labels),
             real_extractor=self.real_extractor,
             frechet=self._distance(features),
             real_frechet=self.real_frechet,
             noise_frechet=self._noise_distance,
-            judge_frechet=self._judge_distance(drawn.images),
+            judge_frechet=self._judge_distance(judged),
             real_judge_frechet=self.real_judge_frechet,
             manifold=manifold,
             real_manifold=self.real_manifold,
@@ -134,24 +147,22 @@ class Evaluator:
     @property
     def num_compared(self) -> int:
         """The number of images in the smaller set of a distance."""
-        return min(self.num_images, len(self._held_out_labels))
+        return min(self.num_images, len(self._held_out))
 
     def _features(self, images: Tensor) -> Tensor:
         return features_of(self.extractor.network, images)
 
     def _distance(self, features: Tensor) -> float | None:
         """Returns the Fréchet distance to the held-out images, None if there are too few images."""
-        return None if too_few_images(self.num_compared) else frechet_distance(features, self._held_out_features)
+        return None if too_few_images(self.num_compared) else frechet_distance(features, self._held_out.images)
 
-    def _judge_distance(self, images: Tensor) -> float | None:
-        if too_few_images(self.num_compared):
-            return None
-        return frechet_distance(features_of(self.judge.network, images), self._held_out_judged)
+    def _judge_distance(self, judged: Tensor) -> float | None:
+        return None if too_few_images(self.num_compared) else frechet_distance(judged, self._held_out_judged.images)
 
     def _manifold(self, features: Tensor, labels: Tensor) -> Manifold | None:
         if self.num_compared < FEWEST_COMPARED * len(self.references.class_names):
             return None
-        return compare_manifolds(features, labels, self._held_out_features, self._held_out_labels)
+        return compare_manifolds(features, labels, self._held_out.images, self._held_out.labels)
 
 
 def as_json(quality: Quality, evaluator: Evaluator) -> dict[str, Any]:
@@ -192,6 +203,11 @@ def notes_of(quality: Quality, class_names: tuple[str, ...] = DIGITS) -> list[st
     compared = min(quality.num_images, quality.num_held_out)
     of_each = compared // num_classes
     notes = [too_few_images(compared)]
+    if num_classes == 1:
+        notes.append(
+            "With one class, the classifiers have nothing to learn: they recognise every image, and their features are "
+            "those of random weights."
+        )
     if quality.manifold is None:
         notes.append(
             f"Too few images for precision, recall and coverage: {of_each} of each class, at least {FEWEST_COMPARED} "
@@ -203,9 +219,9 @@ def notes_of(quality: Quality, class_names: tuple[str, ...] = DIGITS) -> list[st
             f"Each class has only {each} generated images, so one image changes the share of its class by "
             f"{100 / each:.1f} percentage points."
         )
-    if real.accuracy < GOOD_JUDGE:
+    if real.class_mean < GOOD_JUDGE:
         notes.append(
-            f"The judge recognises only {real.accuracy:.1%} of the real images, so it also fails to recognise "
+            f"The judge recognises only {real.class_mean:.1%} of the real images, so it also fails to recognise "
             "some good generated images."
         )
     if quality.memorised > MANY_MEMORISED and quality.memorised > 2 * quality.held_out_memorised:
@@ -231,7 +247,7 @@ def _recognition_rows(
         return ", ".join(f"{name}: {share:.1%}" for name, share in zip(class_names, of.per_class, strict=True))
 
     worst, real_worst = (f"{class_names[r.worst_class]}: {r.per_class[r.worst_class]:.2%}" for r in (ours, real))
-    rows = [(name, f"{ours.accuracy:.2%}", f"{real.accuracy:.2%}"), ("worst class", worst, real_worst)]
+    rows = [(name, f"{ours.accuracy:.2%}", f"{real.class_mean:.2%}"), ("worst class", worst, real_worst)]
     return [*rows, ("each class", shares(ours), shares(real))] if len(class_names) <= MOST_LISTED else rows
 
 

@@ -15,7 +15,7 @@ MOST_NAMED = 10  # classes in the first sentence
 def card(run: Run, data: DataSet, num_parameters: int) -> str:
     """Returns the text of the card of a finished run."""
     return "\n\n".join(
-        [_front_matter(), _introduction(run, data), _use(run), _data(data), _training(run, num_parameters)]
+        [_front_matter(), _introduction(run, data), _use(run), _data(run, data), _training(run, num_parameters)]
     )
 
 
@@ -47,21 +47,23 @@ The quality of the images was not measured. To measure it, run `python -m script
 and `--checkpoint`, or for MNIST `python -m scripts.evaluate digits`."""
 
 
-def _data(data: DataSet) -> str:
+def _data(run: Run, data: DataSet) -> str:
     lines = "\n".join(f"- {line}" for line in lines_about(data))
+    learned = run.start.config.training.get("data") if run.start else None
+    before = f" The weights from which it started had learned from: {learned}." if learned else ""
     return f"""## Training data
 
 {lines}
 
-The checkpoint stores this description of the data: {data.description}. The model can generate near copies of these \
-images. Do not publish the model if the images are private or if their licence forbids it."""
+The checkpoint stores this description of the data: {data.description}.{before} The model can generate near copies of \
+these images. Do not publish the model if the images are private or if their licence forbids it."""
 
 
 def _training(run: Run, num_parameters: int) -> str:
     best = min(run.results, key=lambda result: (math.isnan(result.validation_loss), result.validation_loss))
     curves = f" and `{CURVES}`" if (run.folder / CURVES).exists() else ""
     recipe = "\n".join(describe(run.recipe.model_dump(mode="json", exclude_none=True)))
-    start = f" It started with the weights whose SHA-256 is {run.start}." if run.start else ""
+    start = f" It started with the weights whose SHA-256 is {run.start.weights_sha256}." if run.start else ""
     loss = f"{best.validation_loss:.5f}"
     return f"""## Training
 

@@ -3,8 +3,8 @@
 import math
 import shlex
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from model.checkpoint import Checkpoint
 from model.compiled.memory import keep_freed_memory
 from model.files import write_atomically
 from model.precision import can_compile, no_compiler
-from scripts.common.data.data_set import DataSet
+from scripts.common.data.data_set import DataSet, digest_in
 from scripts.common.errors import ScriptError
 from scripts.common.plots import plot_losses
 from scripts.common.progress import Reporter, is_installed
@@ -23,7 +23,7 @@ from scripts.training.auto import AUTO, choices_for, describe
 from scripts.training.card import CARD, CURVES, card
 from scripts.training.objective import DenoisingObjective
 from scripts.training.recipe import Recipe, load_recipe
-from scripts.training.run import MODEL, Run
+from scripts.training.run import MODEL, STATE, Run
 from scripts.training.tensorboard import TENSORBOARD, tensorboard_writer
 from scripts.training.trainer import EpochResult, Trainer
 
@@ -72,6 +72,7 @@ def train_on(request: TrainingRequest, load: Callable[[], DataSet], reporter: Re
     if request.preset != AUTO and request.load_recipe().distillation:
         raise ScriptError(f"the preset {request.preset} is for distillation. Use it with scripts.distil")
     start = checkpoint.load(request.start_from) if request.start_from else None
+    check_folder(request)
     device, compiled = request.prepare()
     data = load()  # after everything that can be checked without it, because it can take minutes
     if request.preset == AUTO:
@@ -87,7 +88,10 @@ def train_on(request: TrainingRequest, load: Callable[[], DataSet], reporter: Re
     request.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(recipe, objective, seed=request.seed, device=device, compiled=compiled, start=weights)
     run = request.run_of(recipe, data.description, data.class_names)
-    run.start = start.weights_sha256 if start else None
+    if start:
+        run.start = start
+        for line in notes_about_start(start, data):
+            reporter.line(line)
     if request.tensorboard:
         run.watch = tensorboard_writer(run.folder / TENSORBOARD)
     train(trainer, run, reporter, time_limit=request.time_limit)
@@ -98,15 +102,41 @@ def train_on(request: TrainingRequest, load: Callable[[], DataSet], reporter: Re
         write_atomically(run.folder / CARD, card(run, data, num_parameters).encode())
 
 
+def check_folder(request: TrainingRequest) -> None:
+    """Raises ScriptError if the training would replace the checkpoint of a finished run, or the one it starts from."""
+    if request.start_from and request.start_from.resolve().parent == request.out.resolve():
+        raise ScriptError(f"--start-from is in {request.out}, where the training replaces it. Use another --out folder")
+    if (request.out / CARD).exists() and not (request.out / STATE).exists():
+        raise ScriptError(f"{request.out} has a finished run without its state. Use another --out folder")
+
+
+def notes_about_start(start: Checkpoint, data: DataSet) -> Iterator[str]:
+    """Yields notes for the user if the checkpoint from which a training starts has learned something else."""
+    learned = start.config.training.get("data")
+    if isinstance(learned, str) and digest_in(learned) != digest_in(data.description):
+        yield (
+            f"note: the checkpoint of --start-from learned from other pictures ({learned}). If validation images are "
+            "among them, the validation losses are too low"
+        )
+    if start.config.class_names != data.class_names:
+        old, new = (", ".join(names) for names in (start.config.class_names, data.class_names))
+        yield f"note: the classes of --start-from have other names: {old} before, {new} now"
+
+
 def first_weights(loaded: Checkpoint, recipe: Recipe, name: str) -> dict[str, Tensor]:
     """Returns a copy of the weights of a checkpoint. `name` describes the checkpoint in an error.
 
     Raises ScriptError if its network, noise schedule or prediction is not that of the recipe.
     """
-    own, its = (recipe.unet, recipe.schedule, recipe.prediction), loaded.config
-    for mine, theirs in zip(own, (its.unet, its.schedule, its.prediction), strict=True):
-        if mine != theirs:
-            raise ScriptError(f"the recipe and {name} differ: the recipe has {mine}, {name} has {theirs}")
+    different = []
+    for part in ("unet", "schedule", "prediction"):
+        mine, its = asdict(getattr(recipe, part)), asdict(getattr(loaded.config, part))
+        different += [f"{part}.{key} is {mine[key]} here, {its[key]} there" for key in mine if mine[key] != its[key]]
+    if different:
+        raise ScriptError(
+            f"the recipe and {name} differ: {'; '.join(different)}. With --data, the number of classes, the size and "
+            "the colours are those of the data"
+        )
     return {name: tensor.clone() for name, tensor in loaded.network.state_dict().items()}
 
 

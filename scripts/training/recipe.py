@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from model.checkpoint import check_table
+from model.checkpoint import CheckpointConfig, Probe, check_network
 from model.prediction import PredictionConfig
 from model.schedule import ScheduleConfig
-from model.spec import Guidance, Sampler
+from model.spec import SAMPLERS, Guidance, Sampler
 from model.unet import UNetConfig
 from scripts.common.data.data_set import DataSet
 from scripts.common.errors import ScriptError
@@ -20,6 +20,7 @@ from scripts.training.auto import AUTO, choices_for
 
 PRESETS = Path(__file__).parent / "presets"
 MAX_BASES = 10
+PROBE_STEPS = 10  # of the image by which the service checks its computation at the start
 STUDENT_SAMPLER: Sampler = "ddim"  # a step is linear in x_0, so the target x_0 for a given next x_t is known
 TEACHER_SAMPLER: Sampler = "dpmpp"  # deterministic, and accurate in few steps
 
@@ -81,15 +82,36 @@ class Recipe(_Strict):
     distillation: DistillationRecipe | None = None
     unet: UNetConfig
 
+    def checkpoint_config(self, class_names: tuple[str, ...], training: dict[str, Any]) -> CheckpointConfig:
+        """Returns the configuration of a checkpoint of this recipe. `training` is for its metadata."""
+        student = self.distillation
+        return CheckpointConfig(
+            unet=self.unet,
+            class_names=class_names,
+            schedule=self.schedule,
+            prediction=self.prediction,
+            guidance=self.guidance,
+            guidance_by_sampler=self.guidance_by_sampler,
+            samplers=(STUDENT_SAMPLER,) if student else SAMPLERS,
+            steps=(student.num_steps,) if student else (),
+            probe=Probe(
+                digit=min(Probe().digit, len(class_names) - 1),
+                num_steps=student.num_steps if student else min(PROBE_STEPS, self.schedule.num_steps),
+            ),
+            training=training,
+        )
+
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
         if self.unet.num_steps != self.schedule.num_steps:
             raise ValueError("unet.num_steps and schedule.num_steps must be equal")
-        check_table(self.unet)
+        check_network(self.unet)
         if self.distillation:
             self._check_distillation(self.distillation)
         if not self.label_drop and any(g.scale != 1 for g in (self.guidance, *self.guidance_by_sampler.values())):
             raise ValueError("guidance needs label_drop above 0. Set label_drop, or set the guidance scale to 1")
+        names = tuple(map(str, range(self.unet.num_classes)))
+        self.checkpoint_config(names, {"label_drop": self.label_drop})  # raises ValueError if it is not valid
         return self
 
     def _check_distillation(self, distillation: DistillationRecipe) -> None:

@@ -14,7 +14,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,14 @@ from torch import Tensor
 from model import checkpoint
 from model.files import write_atomically
 from model.sampler import sample
-from model.spec import DIGITS, SAMPLERS
+from model.spec import DIGITS
 from scripts.common.data.data_set import digest_in
 from scripts.common.errors import ScriptError
-from scripts.common.pictures import save_grid
-from scripts.training.recipe import STUDENT_SAMPLER, Recipe
+from scripts.common.pictures import GRID_COLUMNS, save_grid
+from scripts.training.recipe import Recipe
 from scripts.training.trainer import EpochResult, Trainer
 
-GRID_SEED, GRID_COLUMNS, GRID_ROWS = 2026, 10, 4
-PROBE_STEPS = 10
+GRID_SEED, GRID_ROWS = 2026, 4
 MODEL, STATE, PATHS = "model.safetensors", "state.pt", "paths"
 
 
@@ -44,6 +43,12 @@ def stop_message(script: str, folder: Path) -> str:
     if any((folder / PATHS).glob("*.safetensors")):
         return f"{script}: stopped; run the same command again to resume with the paths that are complete"
     return f"{script}: stopped before anything was saved; the same command starts from the beginning"
+
+
+def earlier_data(facts: Mapping[str, Any]) -> list[Any]:
+    """Returns the descriptions of the data of earlier trainings, from the facts about a training in a checkpoint."""
+    listed = facts.get("earlier_data")
+    return listed if isinstance(listed, list) else []
 
 
 class Run:
@@ -57,7 +62,7 @@ class Run:
     ) -> None:
         self.folder, self.preset, self.recipe, self.seed, self.data = folder, preset, recipe, seed, data
         self.class_names = class_names
-        self.start: str | None = None  # the digest of the first weights if they are those of a checkpoint
+        self.start: checkpoint.Checkpoint | None = None  # the checkpoint with the first weights; None if random
         self.results: list[EpochResult] = []
         self.watch: Callable[[EpochResult, Tensor], None] = lambda result, images: None  # called after each epoch
         self.earlier_arithmetic: str | None = None  # Trainer.arithmetic before the run was resumed
@@ -75,7 +80,7 @@ class Run:
         if not recipe["flip"]:  # The runs of the previous release do not have it.
             del recipe["flip"]
         identity = {"recipe": recipe, "seed": self.seed, "data": digest_in(self.data)}
-        identity |= {"start": self.start} if self.start else {}
+        identity |= {"start": self.start.weights_sha256} if self.start else {}
         return identity if self.class_names == DIGITS else identity | {"class_names": self.class_names}
 
     def resume(self, trainer: Trainer) -> bool:
@@ -136,31 +141,26 @@ class Run:
         checkpoint.save(self.folder / MODEL, trainer.averaged, self._config(trainer))
 
     def _config(self, trainer: Trainer) -> checkpoint.CheckpointConfig:
-        distillation = self.recipe.distillation
         last = self.results[-1]
-        return checkpoint.CheckpointConfig(
-            unet=self.recipe.unet,
-            class_names=self.class_names,
-            schedule=self.recipe.schedule,
-            prediction=self.recipe.prediction,
-            guidance=self.recipe.guidance,
-            guidance_by_sampler=self.recipe.guidance_by_sampler,
-            samplers=(STUDENT_SAMPLER,) if distillation else SAMPLERS,
-            steps=(distillation.num_steps,) if distillation else (),
-            probe=checkpoint.Probe(
-                digit=min(checkpoint.Probe().digit, len(self.class_names) - 1),
-                num_steps=distillation.num_steps if distillation else min(PROBE_STEPS, self.recipe.schedule.num_steps),
-            ),
-            training={
+        return self.recipe.checkpoint_config(
+            self.class_names,
+            {
                 "preset": self.preset,
                 "data": self.data,
                 "epochs": trainer.epoch,
                 "seed": self.seed,
-                **({"start": self.start} if self.start else {}),
+                **self._facts_of_start(),
                 "label_drop": self.recipe.label_drop,
                 "final_losses": {"train": last.train_loss, "validation": last.validation_loss},
             },
         )
+
+    def _facts_of_start(self) -> dict[str, Any]:
+        """Returns the digest of the first weights, and the descriptions of all data from which they learned."""
+        if not self.start:
+            return {}
+        facts = self.start.config.training
+        return {"start": self.start.weights_sha256, "earlier_data": [*earlier_data(facts), facts.get("data")]}
 
     def _samples(self, trainer: Trainer) -> Tensor:
         """Returns an image of each class, of the first classes if there are many, in full rows."""

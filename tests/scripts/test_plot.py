@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model import checkpoint
+from model.checkpoint import CheckpointConfig, Probe
 from model.schedule import Schedule, ScheduleConfig
 from scripts import plot, sample
 from scripts.common import plots
@@ -17,6 +19,7 @@ from scripts.common.figures import RESOLUTION, Panel, draw_panels, label_lines, 
 from scripts.common.pictures import save_grid
 from tests.scripts.extras import hide
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
+from tests.tiny import tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +208,18 @@ def test_epochs_are_shown_as_rows_in_the_given_order(tmp_path: Path) -> None:
     gap = torch.full((plots.ROW_GAP, 560), 255, dtype=torch.uint8)
     expected = torch.cat([rows[0], gap, rows[1], gap, rows[2]])
     assert contains(pixels(tmp_path / "out.png"), enlarged(expected, RESOLUTION))
+
+
+def test_epochs_of_own_pictures_keep_their_colours_and_have_the_names_of_the_classes(tmp_path: Path) -> None:
+    colours = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1]])[:, :, None, None].expand(3, 3, 12, 12)
+    save_grid(colours, tmp_path / "epochs" / "01.png", columns=3)
+    network = tiny_unet(image_channels=3, image_size=12, num_classes=3, num_steps=10, widths=(8, 8))
+    names, schedule = ("cup", "fish", "star"), ScheduleConfig(num_steps=10)
+    config = CheckpointConfig(network.config, schedule, class_names=names, probe=Probe(digit=0))
+    checkpoint.save(tmp_path / "model.safetensors", network, config)
+    (axes,) = plots.show_epochs(tmp_path).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(names)
+    assert axes.images[0].get_array()[5, ::24].tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
 
 
 def test_missing_epoch_is_named_in_the_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

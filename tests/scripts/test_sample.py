@@ -463,3 +463,8 @@ def test_clip_model_is_refused_for_a_picture_without_clip_guidance(
     assert like(folder / "none.png", f"--checkpoint={path}", "--clip-model=embedded") == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert "--clip-model has no effect" in said
+
+
+def test_class_with_the_name_all_can_be_chosen() -> None:
+    assert sample.choose_labels(["all"], ("some", "all")) == [1]
+    assert sample.choose_labels(["all"], ("some", "none")) == [0, 1]

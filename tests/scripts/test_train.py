@@ -1,6 +1,7 @@
 import csv
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -311,11 +312,53 @@ def test_training_starts_from_the_weights_of_a_checkpoint(data_folder: Path, com
 
 
 def test_run_with_another_starting_checkpoint_is_rejected(
-    data_folder: Path, complete_runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    data_folder: Path, complete_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start = str(complete_runs["cosine"] / "model.safetensors")
+    start = shutil.copy(complete_runs["cosine"] / "model.safetensors", tmp_path)
     argv = arguments(data_folder, "cosine", complete_runs["cosine"], "--start-from", start)
     assert "starting checkpoint. Use another --out folder" in error_line(argv, capsys)
+
+
+def test_checkpoint_that_the_training_would_replace_is_refused_as_its_start(
+    data_folder: Path, complete_runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = complete_runs["cosine"]
+    before = (run / "model.safetensors").read_bytes()
+    argv = arguments(data_folder, "cosine", run, "--start-from", str(run / "epochs" / ".." / "model.safetensors"))
+    assert "--start-from is in" in error_line(argv, capsys)
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_finished_run_without_its_state_is_not_replaced(
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = arguments(data_folder, "cosine", tmp_path / "run")
+    train.main(argv)
+    (tmp_path / "run" / "state.pt").unlink()
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert "has a finished run without its state. Use another --out folder" in error_line(argv, capsys)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_training_from_a_checkpoint_of_other_pictures_says_so_and_stores_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_folder(tmp_path / "pets")
+    train.main(own(tmp_path / "first", data))
+    first = checkpoint.load(tmp_path / "first" / "model.safetensors").config.training["data"]
+    (data / NAMES[0] / "0.png").unlink()
+    (data / NAMES[1]).rename(data / "zebra")
+    train.main(own(tmp_path / "second", data, f"--start-from={tmp_path / 'first' / 'model.safetensors'}"))
+    said = capsys.readouterr().out
+    assert f"note: the checkpoint of --start-from learned from other pictures ({first})" in said
+    assert f"note: the classes of --start-from have other names: {', '.join(NAMES)} before, " in said
+    assert f"had learned from: {first}." in (tmp_path / "second" / "README.md").read_text("utf-8")
+    train.main(own(tmp_path / "third", data, f"--start-from={tmp_path / 'second' / 'model.safetensors'}"))
+    second, third = (
+        checkpoint.load(tmp_path / run / "model.safetensors").config.training for run in ("second", "third")
+    )
+    assert second["earlier_data"] == [first]
+    assert third["earlier_data"] == [first, second["data"]]
 
 
 def test_start_from_another_network_gives_a_one_line_error(
@@ -323,7 +366,7 @@ def test_start_from_another_network_gives_a_one_line_error(
 ) -> None:
     start = complete_runs["plateau"] / "model.safetensors"
     argv = arguments(data_folder, "cosine", data_folder / "never", "--start-from", str(start))
-    assert f"the recipe and {start} differ: the recipe has " in error_line(argv, capsys)
+    assert f"the recipe and {start} differ: unet." in error_line(argv, capsys)
     assert not (data_folder / "never").exists()
 
 

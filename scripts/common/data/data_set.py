@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.prepared_image import central_square
+from model.spec import DIGITS, MNIST_SHAPE
 from scripts.common.data.arrays import has_idx_files, read_idx, read_npz
 from scripts.common.data.folders import read_folder, read_zip
 from scripts.common.data.parquet import parquet_files, read_parquet
@@ -64,6 +65,11 @@ class DataSet:
         return channels, height, width
 
     @property
+    def looks_like_mnist(self) -> bool:
+        """True if the service takes a model of this data for one of handwritten digits."""
+        return self.image_shape == MNIST_SHAPE and self.class_names == DIGITS[: len(self.class_names)]
+
+    @property
     def description(self) -> str:
         """Describes the data in a checkpoint. A run can be resumed only with the same description."""
         return self.known_as or f"{self.name}, {len(self.learn)} training images, SHA-256 {self.digest[:16]}"
@@ -87,6 +93,11 @@ class DataSet:
             digest.update(each.images.numpy().tobytes())
             digest.update(each.labels.numpy().tobytes())
         return digest.hexdigest()
+
+
+def digest_of(image: Tensor) -> bytes:
+    """Returns the SHA-256 digest of the values of an image. Equal images have the same digest."""
+    return hashlib.sha256(image.numpy().tobytes()).digest()
 
 
 def digest_in(description: str) -> str:

@@ -1,6 +1,5 @@
 """Describes data before the training: counts, sizes, duplicates and warnings, and a sheet with images of each class."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import torch
 
 from model.files import write_atomically
 from model.png import encode_pixels
-from scripts.common.data.data_set import DataSet, ImageSet
+from scripts.common.data.data_set import DataSet, ImageSet, digest_of
 
 FEW_IMAGES = 100  # of a class; with fewer, a network mostly repeats the training images
 UNEQUAL = 5  # the largest class, in multiples of the smallest one
@@ -31,8 +30,13 @@ def lines_about(data: DataSet) -> Iterator[str]:
     yield f"images of each class: {', '.join(f'{name} {count}' for name, count in shown)}{others}"
     if data.ignored:
         yield f"ignored files of other types: {len(data.ignored)}, such as {data.ignored[0]}"
-    if repeated := num_repeated(data.learn, data.validate):
-        yield f"warning: {repeated} of {len(data.validate)} validation images are also among the training images"
+    if data.looks_like_mnist and not data.known_as:
+        yield (
+            "note: the service takes grey images of 28x28 pixels with these names for handwritten digits, and centres "
+            "drawings as in MNIST. If they show something else, give the classes other names, or serve the result of "
+            "scripts.ship --normalisation none"
+        )
+    yield from repeated_images(data)
     smallest, largest = min(counts), max(counts)
     if smallest < FEW_IMAGES:
         name = data.class_names[counts.index(smallest)]
@@ -47,10 +51,18 @@ def lines_about(data: DataSet) -> Iterator[str]:
         )
 
 
+def repeated_images(data: DataSet) -> Iterator[str]:
+    """Yields a warning for each set of held-out images of which some are also training images."""
+    held_out = {"validation": data.validate} | ({} if data.test is data.validate else {"test": data.test})
+    for name, images in held_out.items():
+        if repeated := num_repeated(data.learn, images):
+            yield f"warning: {repeated} of {len(images)} {name} images are also among the training images"
+
+
 def num_repeated(one: ImageSet, other: ImageSet) -> int:
     """Returns the number of images of `other` that are also in `one`, pixel by pixel."""
-    known = {_digest(image) for image in one.images}
-    return sum(_digest(image) in known for image in other.images)
+    known = {digest_of(image) for image in one.images}
+    return sum(digest_of(image) in known for image in other.images)
 
 
 def save_sheet(data: DataSet, path: Path) -> None:
@@ -63,7 +75,3 @@ def save_sheet(data: DataSet, path: Path) -> None:
     sheet = torch.cat(rows, dim=1).permute(1, 2, 0)  # (rows * H, columns * W, C)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, encode_pixels(sheet.numpy(), scale=2))
-
-
-def _digest(image: torch.Tensor) -> bytes:
-    return hashlib.sha256(image.numpy().tobytes()).digest()

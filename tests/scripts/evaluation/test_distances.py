@@ -136,6 +136,26 @@ def test_nearest_training_images_equal_those_of_a_brute_force_search() -> None:
     assert nearest.ratio[3] < 0.01
 
 
+def test_copies_of_training_images_that_occur_twice_count_as_memorised() -> None:
+    learned = torch.randint(0, 256, (90, 1, 28, 28), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    nearest = nearest_learned(learned[:8], torch.cat([learned, learned]))
+    assert memorised_share(nearest) == 1
+    assert nearest.indices[:, 0].tolist() == list(range(8))
+
+
+def test_mirrored_copies_count_as_memorised_only_if_the_training_mirrored_images() -> None:
+    learned = torch.randint(0, 256, (90, 1, 28, 28), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    learned[3] = learned[3].maximum(learned[3].flip(-1))  # equals its mirror image
+    mirrored = learned[:8].flip(-1)
+    assert memorised_share(nearest_learned(mirrored, learned)) == 1 / 8
+    assert memorised_share(nearest_learned(mirrored, learned, flip=True)) == 1
+
+
+def test_copies_of_the_only_training_image_count_as_memorised() -> None:
+    learned = torch.full((5, 1, 28, 28), 7, dtype=torch.uint8)
+    assert memorised_share(nearest_learned(learned[:2], learned)) == 1
+
+
 def test_copies_count_as_memorised() -> None:
     generator = torch.Generator().manual_seed(1)
     learned = torch.randint(0, 256, (90, 1, 28, 28), generator=generator, dtype=torch.uint8)

@@ -248,6 +248,17 @@ def test_evaluation_in_the_folder_of_the_data_is_refused(folder: Path, capsys: p
     assert "is in the folder of the data. Choose another one" in refusal_of(capsys, train_classifiers.main, arguments)
 
 
+def test_note_says_that_the_checkpoint_started_from_one_of_other_pictures(
+    folder: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    draws(monkeypatch, of_each_class(data, "test", [0, 1, 2]))
+    loaded = checkpoint.load(folder / "tiny.safetensors")
+    learned = {"data": data.description, "earlier_data": ["colours, 5 training images, SHA-256 0"]}
+    checkpoint.save(tmp_path / "a", loaded.network, replace(loaded.config, training={"label_drop": 0.1, **learned}))
+    run(folder, tmp_path / "out", "--num-images=60", f"--checkpoint={tmp_path / 'a'}")
+    assert "note: the checkpoint was not trained with exactly the pictures of --data" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("is_the_same", [True, False])
 def test_note_says_that_the_checkpoint_learned_from_other_pictures(
     folder: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, is_the_same: bool
@@ -258,4 +269,6 @@ def test_note_says_that_the_checkpoint_learned_from_other_pictures(
     config = replace(loaded.config, training={"label_drop": 0.1, "data": learned})
     checkpoint.save(tmp_path / "other.safetensors", loaded.network, config)
     run(folder, tmp_path / "out", "--num-images=60", f"--checkpoint={tmp_path / 'other.safetensors'}")
-    assert ("note: --data has other pictures" in capsys.readouterr().out) is not is_the_same
+    assert (
+        "note: the checkpoint was not trained with exactly the pictures of --data" in capsys.readouterr().out
+    ) is not is_the_same

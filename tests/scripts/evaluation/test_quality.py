@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from scripts.evaluation import tables
 from scripts.evaluation.classifiers import Extractor, Judge
 from scripts.evaluation.pictures import show_confusion, show_nearest
 from scripts.evaluation.quality import Evaluator, Quality, as_json, as_markdown, notes_of
-from scripts.evaluation.recognition import recognition
+from scripts.evaluation.recognition import Recognition, recognition
 from scripts.evaluation.samples import References
 from tests.scripts.evaluation.bars import FixedClassifier, bars, untrained
 
@@ -56,6 +57,24 @@ def test_surplus_of_one_real_digit_does_not_change_the_distance(evaluator: Evalu
     assert (theirs.manifold, theirs.real_manifold) == (ours.manifold, ours.real_manifold)
     assert sum(map(sum, theirs.real_judge.confusion)) == 300
     assert theirs.num_held_out == ours.num_held_out == 200
+
+
+def test_real_images_of_unequal_classes_count_each_class_equally(evaluator: Evaluator) -> None:
+    """The generated images have each class equally often, so the shares can be compared only in this way."""
+    labels = torch.tensor([0] * 90 + [*range(1, 10)] + [1])
+    seen = torch.tensor([0] * 90 + [0] * 9 + [1])  # all zeros and one of two ones are right
+    real = recognition(FixedClassifier(seen), ImageSet(bars(100, 3).images, labels))
+    assert real.accuracy == pytest.approx(0.91)
+    assert real.class_mean == pytest.approx((1 + 0.5) / 10)
+    quality = replace(evaluate(evaluator, bars(100, 5)), real_judge=real)
+    assert f"| recognised as asked | {quality.judge.accuracy:.2%} | 15.00% |" in as_markdown(quality)
+    assert any("The judge recognises only 15.0% of the real images" in note for note in notes_of(quality))
+
+
+def test_single_class_has_a_note_that_the_classifiers_learn_nothing(evaluator: Evaluator) -> None:
+    one = Recognition(accuracy=1.0, per_class=(1.0,), confusion=((100,),), entropy=0.0)
+    quality = replace(evaluate(evaluator, bars(100, 5)), judge=one, real_judge=one)
+    assert any("With one class, the classifiers have nothing to learn" in note for note in notes_of(quality, ("cup",)))
 
 
 def test_copies_count_as_memorised_and_held_out_digits_do_not(evaluator: Evaluator) -> None:

@@ -41,6 +41,18 @@ def test_baseline_is_the_textbook_recipe() -> None:
     assert (recipe.label_drop, recipe.ema_max_decay, recipe.guidance.scale) == (0, 0, 1)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("[schedule]\nnum_steps = 30\n[unet]\nnum_steps = 30\n", "guidance must start at a timestep of the schedule"),
+        ("[unet]\nwidths = [64, 2048]\n", "MiB, the limit is 256 MiB"),
+    ],
+)
+def test_recipe_whose_checkpoint_could_not_be_served_is_refused(tmp_path: Path, change: str, reason: str) -> None:
+    (tmp_path / "own.toml").write_text(f'base = "default"\n{change}')
+    assert reason in error_of(str(tmp_path / "own.toml"))
+
+
 def differences(one: str, other: str) -> set[str]:
     """Returns the dotted names of the values in which two presets differ."""
 

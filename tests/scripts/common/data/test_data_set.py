@@ -11,6 +11,7 @@ from PIL import Image
 
 from model.prepared_image import central_square
 from scripts.common.data.data_set import DataSet, ImageSet
+from scripts.common.data.first_look import lines_about
 from tests.scripts.common.data.samples import (
     COUNTS,
     NAMES,
@@ -290,6 +291,20 @@ def test_limit_keeps_the_first_training_images_and_all_validation_and_test_image
     assert limited.learn.labels.tolist() == [2, 0, 0, 2, 1]
     assert limited.validate is limited.test is learn
     assert limited.description == "the data, at most 2 of each class"
+
+
+def test_first_look_warns_about_test_images_that_are_training_images() -> None:
+    images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 1, 8, 8)
+    learn, validate, test = (ImageSet(images[rows], torch.zeros(2).long()) for rows in ([0, 1], [2, 3], [1, 4]))
+    (warning,) = (line for line in lines_about(DataSet("x", ("cup",), learn, validate, test)) if "also among" in line)
+    assert warning == "warning: 1 of 2 test images are also among the training images"
+
+
+@pytest.mark.parametrize(("names", "side", "expected"), [("01", 28, True), ("01", 32, False), ("ab", 28, False)])
+def test_first_look_says_that_numbered_classes_are_taken_for_digits(names: str, side: int, expected: bool) -> None:
+    images = ImageSet(torch.zeros(2, 1, side, side, dtype=torch.uint8), torch.arange(2))
+    lines = "\n".join(lines_about(DataSet("x", tuple(names), images, images, images)))
+    assert ("takes grey images of 28x28 pixels with these names for handwritten digits" in lines) is expected
 
 
 def test_several_bad_pictures_are_counted_in_one_error(tmp_path: Path) -> None:
