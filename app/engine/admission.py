@@ -368,7 +368,8 @@ class Admission:
             clip_steps = num_steps  # a step of this image can contain a call of CLIP for the others
         evaluations = min(share, (backlog.waiting + backlog.running + 1) * request.network_evaluations / num_steps)
         times = self.step_times
-        seconds = times.slowest(kind.models).seconds(evaluations) + times.further_calls_seconds(kind.models)
+        seconds = times.slowest(kind.models).seconds(evaluations)
+        seconds += times.further_calls_seconds(kind.models, limits.rows)
         return times.slowdown * (num_steps * seconds + clip_steps * times.clip_seconds)
 
 

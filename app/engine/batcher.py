@@ -70,10 +70,11 @@ class StepLimits:
         has room for a guided row. If the widest row has more than 2 evaluations, it also has room for such a row.
         """
         curve, widest_row = times.slowest(kind.models), kind.widest_row
-        lone, calls = curve.seconds(1), times.further_calls_seconds(kind.models)
+        lone = curve.seconds(1)
         most = curve.best_batch(BEST_TOLERANCE, FULL_SLOWDOWN * lone) if auto else GUIDED_EVALUATIONS * (max_rows or 1)
         most = max(GUIDED_EVALUATIONS, most)
         rows = min(most, max_rows or most)
+        calls = times.further_calls_seconds(kind.models, rows)
         most = max(min(most, GUIDED_EVALUATIONS * rows), GUIDED_EVALUATIONS)
         if widest_row > GUIDED_EVALUATIONS:  # The step has room for the widest row and another row.
             most = max(most, widest_row + GUIDED_EVALUATIONS)

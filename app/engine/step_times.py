@@ -135,13 +135,13 @@ class StepTimes:
         measured = sorted({rows for curve in curves.values() for rows in curve.rows})
         return Curve({rows: max(curve.seconds(rows) for curve in curves.values()) for rows in measured})
 
-    def further_calls_seconds(self, models: Collection[str]) -> float:
-        """Returns the additional time of a step because each of these models has a call of its own.
+    def further_calls_seconds(self, models: Collection[str], rows: int) -> float:
+        """Returns the additional time of a step of at most `rows` rows because each of these models has its own call.
 
-        Each further call adds at most the time of a call with one evaluation.
+        Each further call adds at most the time of a call with one evaluation. There are no more calls than rows.
         """
-        lone = [self.of(model).seconds(1) for model in models]
-        return sum(lone) - min(lone) if lone else 0.0
+        lone = sorted((self.of(model).seconds(1) for model in models), reverse=True)
+        return sum(lone[: max(min(len(lone), rows) - 1, 0)])
 
     @property
     def best_rate(self) -> float:

@@ -219,6 +219,14 @@ def test_auto_limits_follow_from_the_measured_step_times(curve: dict[int, float]
     assert (limits.evaluations, limits.rows, limits.short) == (evaluations, evaluations, short)
 
 
+def test_models_do_not_lower_the_rate_of_steps_of_one_row() -> None:
+    one, three = (
+        StepLimits.of(STEP_TIMES, 1, StepKind(models, 2, has_clip=False), auto=False)
+        for models in (("default",), ("default", "fast", "letters"))
+    )
+    assert three.full == one.full
+
+
 def test_second_model_adds_the_time_of_another_call() -> None:
     one, two = (
         StepLimits.of(STEP_TIMES, None, StepKind(("default", "fast")[:num_models], 2, has_clip=False), auto=True)

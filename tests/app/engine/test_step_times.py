@@ -120,9 +120,15 @@ def test_slowest_curve_has_the_longest_time_of_the_models_for_each_size() -> Non
 
 def test_further_calls_take_the_time_of_a_call_with_one_evaluation_each() -> None:
     step_times = StepTimes(CURVE, of_models={"fast": FAST})
-    assert step_times.further_calls_seconds(["default"]) == 0.0
-    assert step_times.further_calls_seconds(["default", "other"]) == 1.0
-    assert step_times.further_calls_seconds(["default", "fast", "other"]) == 1.0 + 4.0
+    assert step_times.further_calls_seconds(["default"], rows=16) == 0.0
+    assert step_times.further_calls_seconds(["default", "other"], rows=16) == 1.0
+    assert step_times.further_calls_seconds(["default", "fast", "other"], rows=16) == 1.0 + 4.0
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [(1, 0.0), (2, 4.0), (3, 4.0 + 1.0), (4, 4.0 + 1.0)])
+def test_step_has_no_more_calls_than_rows(rows: int, seconds: float) -> None:
+    step_times = StepTimes(CURVE, of_models={"fast": FAST})
+    assert step_times.further_calls_seconds(["default", "fast", "other"], rows) == seconds
 
 
 @pytest.mark.parametrize(
