@@ -27,7 +27,16 @@ from model.pixels import from_pixels, to_pixels
 from model.prediction import Prediction, PredictionConfig
 from model.sampler import sample
 from model.schedule import Schedule, ScheduleConfig
-from model.spec import DIGITS, MAX_NAME_LENGTH, MNIST_SHAPE, MOST_STEPS, SAMPLERS, Guidance, ModelSpec, Sampler
+from model.spec import (
+    MAX_NAME_LENGTH,
+    MNIST_SHAPE,
+    MOST_STEPS,
+    SAMPLERS,
+    Guidance,
+    ModelSpec,
+    Sampler,
+    looks_like_mnist,
+)
 from model.spec import SHIPPED as SHIPPED
 from model.spec import SHIPPED_FAST as SHIPPED_FAST
 from model.training_facts import training_facts
@@ -140,7 +149,7 @@ class CheckpointConfig:
     @property
     def normalises_drawings(self) -> bool:
         """True if drawings are normalised as in MNIST."""
-        is_like_mnist = self.image_shape == MNIST_SHAPE and self.class_names == DIGITS[: len(self.class_names)]
+        is_like_mnist = looks_like_mnist(self.image_shape, self.class_names)
         return self.normalisation == "mnist" or (self.normalisation == "auto" and is_like_mnist)
 
     @property

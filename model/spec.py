@@ -33,6 +33,11 @@ SHIPPED_MODELS = {path.stem: path for path in (SHIPPED, SHIPPED_FAST, SHIPPED_LE
 EMBEDDED = SHIPPED.with_name("clip")  # the CLIP model, in open_clip's format
 
 
+def looks_like_mnist(image_shape: tuple[int, int, int], class_names: tuple[str, ...]) -> bool:
+    """Returns True for grey images of 28 x 28 pixels whose classes are the first digits."""
+    return image_shape == MNIST_SHAPE and class_names == DIGITS[: len(class_names)]
+
+
 @dataclass(frozen=True, slots=True)
 class Guidance:
     """Scale of classifier-free guidance (Ho & Salimans 2022) and the interval of timesteps in which it is applied.

@@ -108,8 +108,10 @@ def nearest_learned(images: Tensor, learned: Tensor, *, flip: bool = False) -> N
     `flip`, the distance to a training image is the smaller one of those to it and to its mirror image. If all training
     images are equal, the second nearest is infinitely far.
     """
-    distinct = torch.tensor(list({digest_of(image): row for row, image in reversed([*enumerate(learned)])}.values()))
-    distinct = distinct.sort().values  # (U,), the first row of each training image
+    first_rows = dict[bytes, int]()
+    for row, image in enumerate(learned):
+        first_rows.setdefault(digest_of(image), row)
+    distinct = torch.tensor([*first_rows.values()])  # (U,)
     theirs = learned[distinct].flatten(1).float() / 255  # (U, C * H * W)
     nearest = torch.full((len(images), 2), torch.inf), torch.zeros((len(images), 2), dtype=torch.int64)
     for rows in torch.arange(len(images)).split(DISTANCE_ROWS):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from model.prepared_image import central_square
-from model.spec import DIGITS, MNIST_SHAPE
 from scripts.common.data.arrays import has_idx_files, read_idx, read_npz
 from scripts.common.data.folders import read_folder, read_zip
 from scripts.common.data.parquet import parquet_files, read_parquet
@@ -63,11 +62,6 @@ class DataSet:
         """(C, H, W) of an image."""
         channels, height, width = self.learn.images.shape[1:]
         return channels, height, width
-
-    @property
-    def looks_like_mnist(self) -> bool:
-        """True if the service takes a model of this data for one of handwritten digits."""
-        return self.image_shape == MNIST_SHAPE and self.class_names == DIGITS[: len(self.class_names)]
 
     @property
     def description(self) -> str:

@@ -7,6 +7,7 @@ import torch
 
 from model.files import write_atomically
 from model.png import encode_pixels
+from model.spec import looks_like_mnist
 from scripts.common.data.data_set import DataSet, ImageSet, digest_of
 
 FEW_IMAGES = 100  # of a class; with fewer, a network mostly repeats the training images
@@ -30,7 +31,7 @@ def lines_about(data: DataSet) -> Iterator[str]:
     yield f"images of each class: {', '.join(f'{name} {count}' for name, count in shown)}{others}"
     if data.ignored:
         yield f"ignored files of other types: {len(data.ignored)}, such as {data.ignored[0]}"
-    if data.looks_like_mnist and not data.known_as:
+    if looks_like_mnist(data.image_shape, data.class_names) and not data.known_as:
         yield (
             "note: the service takes grey images of 28x28 pixels with these names for handwritten digits, and centres "
             "drawings as in MNIST. If they show something else, give the classes other names, or serve the result of "
