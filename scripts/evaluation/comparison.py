@@ -19,6 +19,7 @@ from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import load_classifier
 from scripts.evaluation.quality import Evaluator
 from scripts.evaluation.samples import load_references
+from scripts.evaluation.spaces import spaces_for_digits
 from scripts.evaluation.sweep import Sweep, show_steps
 from scripts.evaluation.tables import RUN_COLUMNS, across, as_run, as_table, check_comparable, read_evaluation
 from scripts.training.recipe import load_recipe
@@ -145,7 +146,8 @@ def _sweep(
 ) -> Sweep:
     references = load_references(sweep_request.split, sweep_request.data_dir)
     judge, extractor = load_classifier("judge"), load_classifier("extractor")
-    evaluator = Evaluator(references, judge, extractor, sweep_request.num_images)
+    num_images = sweep_request.num_images
+    evaluator = Evaluator(references, judge, extractor, num_images, further_spaces=spaces_for_digits(num_images))
     drawer.compile(request.compile, reporter)
     return Sweep(drawer, evaluator, sweep_request.out / f"{name}.json", request.seed, request.batch_size)
 

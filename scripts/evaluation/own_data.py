@@ -15,6 +15,7 @@ from scripts.evaluation.classifier_training import recipe_for, train_and_save
 from scripts.evaluation.classifiers import Trained, load_classifier
 from scripts.evaluation.quality import Evaluator, evaluate_samples
 from scripts.evaluation.samples import NUM_IMAGES, references_of, samples_of_drawer
+from scripts.evaluation.spaces import spaces_for_pictures
 from scripts.training.run import earlier_data
 
 RELEASE = 4  # part of the cache key; increase it when the training changes, to discard cached classifiers
@@ -60,10 +61,12 @@ def evaluate_pictures(
             "among those from which it learned, unless only --limit was different"
         )
     count = count_for(pictures, num_images or NUM_IMAGES, reporter)
+    spaces = spaces_for_pictures(min(count, len(pictures.test)))
     samples = samples_of_drawer(drawer, request, count, reporter)
     judges = own_classifier("judge", pictures, judge, reporter, flip=flip)
     extracts = own_classifier("extractor", pictures, extractor, reporter, flip=flip)
-    evaluate_samples(samples, Evaluator(references_of(pictures), judges, extracts, count, flip=flip), reporter, out)
+    evaluator = Evaluator(references_of(pictures), judges, extracts, count, further_spaces=spaces, flip=flip)
+    evaluate_samples(samples, evaluator, reporter, out)
 
 
 def count_for(data: DataSet, wanted: int, reporter: Reporter) -> int:

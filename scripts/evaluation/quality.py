@@ -1,5 +1,6 @@
 """Computes all metrics of a set of generated images, and the same metrics of real images for comparison."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,35 @@ from scripts.evaluation.samples import (
     balanced,
     load_references,
 )
-from scripts.evaluation.tables import MANIFOLD, fixed, too_few_images
+from scripts.evaluation.spaces import Space, space_of_classifier, spaces_for_digits
+from scripts.evaluation.tables import MANIFOLD, SPACES, fixed, too_few_images
 
 FEW_OF_EACH = 100  # with fewer generated images of each class, a note warns about the shares of classes
 GOOD_JUDGE = 0.95  # with a lower accuracy on real images, a note warns about the judge
 MANY_MEMORISED = 0.01  # share of the generated images
 MOST_LISTED = 30  # classes with a share in the table
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """The Fréchet distances of generated and of real images from the held-out ones. None for too few images."""
+
+    frechet: float | None
+    real: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """The distance of the generated images, divided by that of the real ones."""
+        return None if self.frechet is None or not self.real else self.frechet / self.real
+
+
+@dataclass(frozen=True, slots=True)
+class _HeldOut:
+    """The held-out images in one feature space, with the distance of the real images from them."""
+
+    space: Space
+    features: Tensor  # (N, F)
+    real_frechet: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +84,7 @@ class Quality:
     frechet: float | None
     real_frechet: float | None
     noise_frechet: float | None  # Fréchet distance of random noise
-    judge_frechet: float | None  # like `frechet`, with the features of the judge
-    real_judge_frechet: float | None
+    in_spaces: dict[str, Distance]  # as `frechet`, in the features of the judge and of further networks
     manifold: Manifold | None
     real_manifold: Manifold | None
     memorised: float
@@ -70,29 +93,29 @@ class Quality:
     @property
     def frechet_ratio(self) -> float | None:
         """The Fréchet distance divided by that of real images."""
-        return _ratio(self.frechet, self.real_frechet)
-
-    @property
-    def judge_frechet_ratio(self) -> float | None:
-        """As `frechet_ratio`, with the features of the judge."""
-        return _ratio(self.judge_frechet, self.real_judge_frechet)
-
-
-def _ratio(distance: float | None, floor: float | None) -> float | None:
-    return None if distance is None or not floor else distance / floor
+        return Distance(self.frechet, self.real_frechet).ratio
 
 
 class Evaluator:
     """Evaluates sets of images. The metrics of the real images are computed only once.
 
-    With `flip`, a generated image also counts as memorised if it is nearly the mirror image of a training image: for
-    networks that learned from mirrored images.
+    Fréchet distances are also computed in the features of the judge and in `further_spaces`. With `flip`, a generated
+    image also counts as memorised if it is nearly the mirror image of a training image: for networks that learned from
+    mirrored images.
     """
 
     def __init__(
-        self, references: References, judge: Trained, extractor: Trained, num_images: int, *, flip: bool = False
+        self,
+        references: References,
+        judge: Trained,
+        extractor: Trained,
+        num_images: int,
+        *,
+        further_spaces: Sequence[Space] = (),
+        flip: bool = False,
     ) -> None:
         self.references, self.judge, self.extractor, self.num_images = references, judge, extractor, num_images
+        self.further_spaces = further_spaces
         self._flip = flip
         all_held_out, num_classes = references.held_out, len(references.class_names)
         all_judged, all_features = (features_of(n.network, all_held_out.images) for n in (judge, extractor))
@@ -102,28 +125,39 @@ class Evaluator:
         )
         fewest = min(sum(row) for row in self.real_judge.confusion)
         # The same rows of the images and of their features.
-        held_out, self._held_out, self._held_out_judged = (
+        held_out, self._held_out, held_out_judged = (
             balanced(ImageSet(values, all_held_out.labels), num_classes * fewest, num_classes)
             for values in (all_held_out.images, all_features, all_judged)
         )
         real = balanced(references.learned, num_images, num_classes)
         real_features = self._features(real.images)  # (N, F)
         noise = torch.randn(real.images.shape, generator=torch.Generator().manual_seed(0))
-        self.real_frechet = self._distance(real_features)
-        self.real_judge_frechet = self._judge_distance(features_of(judge.network, real.images))
-        self._noise_distance = self._distance(self._features(to_pixels(noise)))
+        self.real_frechet = self._frechet(real_features, self._held_out.images)
+        self._noise_frechet = self._frechet(self._features(to_pixels(noise)), self._held_out.images)
+        spaces = [(space_of_classifier("judge", judge), held_out_judged.images)]
+        spaces += [(space, space.features(held_out.images)) for space in further_spaces]
+        self._held_out_in = [
+            _HeldOut(space, features, self._frechet(space.features(real.images), features))
+            for space, features in spaces
+        ]
         self.real_manifold = self._manifold(real_features, real.labels)
         self._held_out_nearest = nearest_learned(held_out.images[:num_images], references.learned.images, flip=flip)
 
     def evaluate(self, drawn: ImageSet, reporter: Reporter) -> tuple[Quality, Nearest]:
         """Returns the metrics of these images and their nearest training images."""
-        with reporter.task("evaluating", 3, "parts") as task:
+        with reporter.task("evaluating", 3 + len(self._held_out_in), "parts") as task:
             features, judged = self._features(drawn.images), features_of(self.judge.network, drawn.images)  # (N, F)
             task.advance(1)
             manifold = self._manifold(features, drawn.labels)
             task.advance(1)
             nearest = nearest_learned(drawn.images, self.references.all_learned.images, flip=self._flip)
             task.advance(1)
+            in_spaces = {}
+            for held_out in self._held_out_in:
+                theirs = judged if held_out.space.name == "judge" else held_out.space.features(drawn.images)
+                frechet = self._frechet(theirs, held_out.features)
+                in_spaces[held_out.space.name] = Distance(frechet, held_out.real_frechet)
+                task.advance(1)
         quality = Quality(
             num_images=len(drawn),
             num_held_out=len(self._held_out),
@@ -132,11 +166,10 @@ class Evaluator:
             real_judge=self.real_judge,
             extractor=recognition_of_features(self.extractor.network, features, drawn.labels),
             real_extractor=self.real_extractor,
-            frechet=self._distance(features),
+            frechet=self._frechet(features, self._held_out.images),
             real_frechet=self.real_frechet,
-            noise_frechet=self._noise_distance,
-            judge_frechet=self._judge_distance(judged),
-            real_judge_frechet=self.real_judge_frechet,
+            noise_frechet=self._noise_frechet,
+            in_spaces=in_spaces,
             manifold=manifold,
             real_manifold=self.real_manifold,
             memorised=memorised_share(nearest),
@@ -152,12 +185,9 @@ class Evaluator:
     def _features(self, images: Tensor) -> Tensor:
         return features_of(self.extractor.network, images)
 
-    def _distance(self, features: Tensor) -> float | None:
-        """Returns the Fréchet distance to the held-out images, None if there are too few images."""
-        return None if too_few_images(self.num_compared) else frechet_distance(features, self._held_out.images)
-
-    def _judge_distance(self, judged: Tensor) -> float | None:
-        return None if too_few_images(self.num_compared) else frechet_distance(judged, self._held_out_judged.images)
+    def _frechet(self, features: Tensor, held_out: Tensor) -> float | None:
+        """Returns the Fréchet distance of features (N, F) from (M, F), None if there are too few images."""
+        return None if too_few_images(self.num_compared) else frechet_distance(features, held_out)
 
     def _manifold(self, features: Tensor, labels: Tensor) -> Manifold | None:
         if self.num_compared < FEWEST_COMPARED * len(self.references.class_names):
@@ -168,12 +198,19 @@ class Evaluator:
 def as_json(quality: Quality, evaluator: Evaluator) -> dict[str, Any]:
     """Returns the content of evaluation.json: the metrics, the classifiers, and notes about missing metrics."""
     networks = {"judge": evaluator.judge, "extractor": evaluator.extractor}
+    content = asdict(quality)
+    del content["in_spaces"]
+    for name, distance in quality.in_spaces.items():
+        of_space = {f"{name}_frechet": distance.frechet, f"real_{name}_frechet": distance.real}
+        content |= {**of_space, f"{name}_frechet_ratio": distance.ratio}
     return {
-        **asdict(quality),
+        **content,
         "frechet_ratio": quality.frechet_ratio,
-        "judge_frechet_ratio": quality.judge_frechet_ratio,
         "class_names": evaluator.references.class_names,
-        "networks": {name: {"sha256": n.sha256, "test_accuracy": n.accuracy} for name, n in networks.items()},
+        "networks": {
+            **{name: {"sha256": n.sha256, "test_accuracy": n.accuracy} for name, n in networks.items()},
+            **{space.name: {"sha256": space.sha256} for space in evaluator.further_spaces},
+        },
         "notes": notes_of(quality, evaluator.references.class_names),
     }
 
@@ -189,7 +226,10 @@ def as_markdown(quality: Quality, class_names: tuple[str, ...] = DIGITS) -> str:
         *_recognition_rows("recognised by the extractor", quality.extractor, quality.real_extractor, class_names)[:1],
         ("Fréchet distance", fixed(quality.frechet, 4), real_distance),
         ("ratio to real images", fixed(quality.frechet_ratio, 2), "1"),
-        ("ratio to real images, features of the judge", fixed(quality.judge_frechet_ratio, 2), "1"),
+        *(
+            (f"ratio to real images, features of {SPACES[name]}", fixed(distance.ratio, 2), "1")
+            for name, distance in quality.in_spaces.items()
+        ),
         *((name, _share(quality.manifold, name), _share(quality.real_manifold, name)) for name in MANIFOLD),
         ("memorised", f"{quality.memorised:.2%}", f"{quality.held_out_memorised:.2%}"),
     ]
@@ -270,7 +310,8 @@ def evaluate_digits(
     """
     scorer = ClipScorer(clip_model) if clip_model else None
     networks = load_classifier("judge", judge), load_classifier("extractor", extractor)
-    evaluator = Evaluator(load_references(split, data_dir), *networks, samples.num_images)
+    spaces = spaces_for_digits(samples.num_images)
+    evaluator = Evaluator(load_references(split, data_dir), *networks, samples.num_images, further_spaces=spaces)
     evaluate_samples(samples, evaluator, reporter, out, scorer)
 
 

@@ -18,11 +18,11 @@ from scripts.evaluation.samples import draw_samples
 from scripts.evaluation.tables import (
     CLIP_COLUMNS,
     MANIFOLD,
-    SWEEP_COLUMNS,
     Figures,
     as_clip_row,
     as_sweep_row,
     as_table,
+    sweep_columns,
     too_few_images,
 )
 
@@ -75,7 +75,7 @@ class Sweep:
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        return CLIP_COLUMNS if self.scorer else SWEEP_COLUMNS
+        return CLIP_COLUMNS if self.scorer else sweep_columns(self.real)
 
     def _cells(self, row: Figures) -> list[str]:
         return as_clip_row(row) if self.scorer else as_sweep_row(row)
@@ -85,6 +85,7 @@ class Sweep:
         """The metrics of real digits, with the same fields as a row."""
         evaluator = self.evaluator
         manifold, seen = evaluator.real_manifold, evaluator.real_extractor
+        ratio = None if too_few_images(evaluator.num_compared) else 1.0
         further: Figures = {}
         if self.scorer:
             further = {
@@ -96,7 +97,8 @@ class Sweep:
         return {
             "extractor": seen.accuracy,
             "extractor_worst": min(seen.per_class),
-            "frechet_ratio": None if too_few_images(self.evaluator.num_compared) else 1.0,
+            "frechet_ratio": ratio,
+            **{f"{space.name}_frechet_ratio": ratio for space in evaluator.further_spaces},
             **{name: getattr(manifold, name) for name in MANIFOLD},
             **further,
         }
@@ -112,6 +114,7 @@ class Sweep:
             "judge_sha256": evaluator.judge.sha256,
             "extractor_sha256": evaluator.extractor.sha256,
             "seed": self.seed,
+            **{f"{space.name}_space_sha256": space.sha256 for space in evaluator.further_spaces},
             **({"clip_sha256": self.scorer.sha256} if self.scorer else {}),
         }
 
@@ -158,6 +161,7 @@ def brief(quality: Quality) -> Figures:
         "extractor_worst": min(quality.extractor.per_class),
         "frechet": quality.frechet,
         "frechet_ratio": quality.frechet_ratio,
+        **{f"{name}_frechet_ratio": each.ratio for name, each in quality.in_spaces.items() if name != "judge"},
         "recall": quality.manifold.recall,
         "coverage": quality.manifold.coverage,
         "precision": quality.manifold.precision,

@@ -17,8 +17,9 @@ FEWEST_IMAGES = 1_000
 
 SETTING = ("sampler", "steps", "guidance")
 MANIFOLD = ("precision", "recall", "coverage")
+# The feature spaces besides the extractor's, and their names in tables.
+SPACES = {"judge": "the judge", "clip": "CLIP", "efficientnet": "EfficientNet"}
 FRECHET_RATIO = "ratio to real digits"  # the Fréchet distance divided by that of real digits
-SWEEP_COLUMNS = (*SETTING, "network calls", "accuracy (extractor)", "worst digit", "Fréchet ratio", *MANIFOLD)
 CLIP_COLUMNS = (
     "guidance",
     "CLIP guidance",
@@ -98,8 +99,19 @@ def _scale_and_interval(guidance: dict[str, Any]) -> str:
     return f"{guidance['scale']:g} in {guidance['start']}-{guidance['stop']}"
 
 
+def spaces_of(figures: Figures) -> list[str]:
+    """Returns the feature spaces besides the extractor's in which the figures have a Fréchet ratio."""
+    return [name for name in SPACES if f"{name}_frechet_ratio" in figures]
+
+
+def sweep_columns(figures: Figures) -> tuple[str, ...]:
+    """Returns the columns of `as_sweep_row` for the same figures."""
+    ratios = ("Fréchet ratio", *(f"ratio, {SPACES[name]}" for name in spaces_of(figures)))
+    return (*SETTING, "network calls", "accuracy (extractor)", "worst digit", *ratios, *MANIFOLD)
+
+
 def as_sweep_row(figures: Figures) -> list[str]:
-    """Returns the cells of SWEEP_COLUMNS.
+    """Returns the cells of `sweep_columns`.
 
     The accuracy is that of the extractor, since the published accuracy of the judge must not influence choices.
     `figures` without options are those of real digits.
@@ -113,6 +125,7 @@ def as_sweep_row(figures: Figures) -> list[str]:
         f"{figures['extractor']:.2%}",
         f"{figures['extractor_worst']:.2%}",
         fixed(figures["frechet_ratio"], 2),
+        *(fixed(figures[f"{name}_frechet_ratio"], 2) for name in spaces_of(figures)),
         *(f"{figures[name]:.3f}" for name in MANIFOLD),
     ]
 

@@ -15,6 +15,7 @@ from scripts.common.data.data_set import ImageSet
 from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.evaluation import sweep, tables
 from scripts.evaluation.sweep import show_steps
+from tests.scripts.evaluation.bars import space_of_pixels
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.scripts.tiny_training import trust_idx_files, write_idx_files
 
@@ -30,6 +31,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         trust_idx_files(patch, NUM_IMAGES)
         patch.setattr("scripts.common.mnist.NUM_VALIDATION", 100)
         patch.setattr(tables, "FEWEST_IMAGES", 10)  # the data has few images
+        patch.setattr("scripts.evaluation.quality.spaces_for_digits", lambda num_images: (space_of_pixels(),))
+        patch.setattr("scripts.evaluation.comparison.spaces_for_digits", lambda num_images: (space_of_pixels(),))
         yield folder
 
 
@@ -59,6 +62,8 @@ def test_steps_evaluates_each_sampler_with_each_number_of_steps(swept: Path) -> 
     assert drawn == [("ddim", 1), ("ddim", 2), ("ddpm", 1), ("ddpm", 2)]
     table = (swept / "steps.md").read_text().splitlines()
     assert len(table) == 2 + 4 + 1 + 2
+    assert "| Fréchet ratio | ratio, CLIP | precision |" in table[0]
+    assert len({line.count("|") for line in table[:7]}) == 1
     assert table[6].startswith("| real digits |  |  |  | ")
     assert " | 1.00 | " in table[6]
     assert table[8].startswith(
@@ -80,6 +85,7 @@ def test_sweep_has_the_results_of_scripts_evaluate(inputs: Path, swept: Path, tm
     alone = json.loads((tmp_path / "evaluation.json").read_text())
     row = json.loads((swept / "steps.json").read_text())["figures"][1]
     assert row["frechet_ratio"] == alone["frechet_ratio"]
+    assert row["clip_frechet_ratio"] == alone["clip_frechet_ratio"] != alone["frechet_ratio"]
     assert row["judge"] == alone["judge"]["accuracy"]
     assert row["extractor_worst"] == min(alone["extractor"]["per_class"])
 

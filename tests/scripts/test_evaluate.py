@@ -19,6 +19,7 @@ from scripts.evaluation.classifiers import KINDS, load_classifier, save_classifi
 from scripts.evaluation.editing import STRENGTHS
 from scripts.evaluation.handwriting import load_handwriting, load_letters
 from scripts.evaluation.inpainting import MASKS
+from tests.scripts.evaluation.bars import space_of_pixels
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.scripts.tiny_training import NUM_VALIDATION, trust_idx_files, write_idx_files
 
@@ -37,6 +38,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         trust_idx_files(patch, NUM_IMAGES)
         patch.setattr(tables, "FEWEST_IMAGES", 100)  # the data has few images
+        patch.setattr("scripts.evaluation.quality.spaces_for_digits", lambda num_images: (space_of_pixels(),))
         yield folder
 
 

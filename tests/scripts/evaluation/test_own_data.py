@@ -21,6 +21,7 @@ from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 from scripts.evaluation import classifier_training, own_data, tables
 from tests.scripts.common.data.samples import encoded
+from tests.scripts.evaluation.bars import space_of_pixels
 from tests.tiny import tiny_unet
 
 NAMES, SIZE, EACH = ("blue", "green", "red"), 12, 40
@@ -57,6 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNFOG_CACHE_DIR", str(folder / "cache"))
         patch.setattr(tables, "FEWEST_IMAGES", 50)
+        patch.setattr("scripts.evaluation.own_data.spaces_for_pictures", lambda num_images: (space_of_pixels(),))
         patch.setattr(classifier_training, "MOST_EPOCHS", 12)
         yield folder
 
@@ -99,6 +101,7 @@ def test_generated_copies_of_held_out_pictures_get_perfect_figures(
     assert found["judge"]["accuracy"] == found["extractor"]["accuracy"] == 1
     assert found["frechet"] == pytest.approx(0, abs=1e-3)
     assert found["judge_frechet"] == pytest.approx(0, abs=1e-3)
+    assert found["clip_frechet"] == pytest.approx(0, abs=1e-3)
     assert (found["memorised"], found["manifold"]["precision"]) == (0, 1)
     assert found["class_names"] == list(NAMES)
     assert {path.name for path in tmp_path.iterdir()} >= {"evaluation.md", "confusion.png", "nearest.png"}

@@ -8,11 +8,12 @@ from scripts.common.data.data_set import ImageSet
 from scripts.common.progress import Reporter
 from scripts.evaluation import tables
 from scripts.evaluation.classifiers import Extractor, Judge
+from scripts.evaluation.distances import frechet_distance
 from scripts.evaluation.pictures import show_confusion, show_nearest
 from scripts.evaluation.quality import Evaluator, Quality, as_json, as_markdown, notes_of
 from scripts.evaluation.recognition import Recognition, recognition
 from scripts.evaluation.samples import References
-from tests.scripts.evaluation.bars import FixedClassifier, bars, untrained
+from tests.scripts.evaluation.bars import FixedClassifier, bars, space_of_pixels, untrained
 
 LEARNED = bars(300, 1)
 
@@ -44,6 +45,21 @@ def test_frechet_ratio_is_1_for_real_digits_and_high_for_noise(evaluator: Evalua
     other = evaluate(evaluator, ImageSet(noise, LEARNED.labels[:100]))
     assert other.frechet_ratio > 10
     assert other.manifold.coverage < 0.1 < real.manifold.coverage
+
+
+def test_distances_in_further_spaces_are_those_of_their_features(evaluator: Evaluator) -> None:
+    space, ours = space_of_pixels(), bars(100, 5)
+    other = Evaluator(evaluator.references, evaluator.judge, evaluator.extractor, 100, further_spaces=[space])
+    quality = evaluate(other, ours)
+    content, table = as_json(quality, other), as_markdown(quality)
+    held_out = space.features(evaluator.references.held_out.images)
+    distance, floor = (
+        frechet_distance(space.features(images), held_out) for images in (ours.images, LEARNED.images[:100])
+    )
+    assert (content["clip_frechet"], content["real_clip_frechet"]) == (distance, floor)
+    assert content["clip_frechet_ratio"] == distance / floor
+    assert content["networks"]["clip"] == {"sha256": space.sha256}
+    assert f"| ratio to real images, features of CLIP | {distance / floor:.2f} | 1 |" in table
 
 
 def test_surplus_of_one_real_digit_does_not_change_the_distance(evaluator: Evaluator) -> None:
