@@ -6,13 +6,18 @@ This module does not import torch.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from model.prompts import default_prompt
 from model.schedule import Schedule
 
 Sampler = Literal["ddpm", "ddim", "dpmpp"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+Quality = Literal["draft", "balanced", "best"]  # from the fastest to the best images
+QUALITIES: tuple[Quality, ...] = get_args(Quality)
+# The numbers of steps of the lower qualities, with the sampler that needs the fewest (docs/evaluation.md).
+FEW_STEPS: Mapping[Quality, int] = {"draft": 6, "balanced": 10}
+FEW_STEPS_SAMPLER: Sampler = "dpmpp"
 Process = Sampler | Literal["forward", "noisy"]
 Fit = Literal["auto", "resize", "digit"]  # how a picture becomes an image (see `normalise` in digit_image.py)
 Invert = bool | Literal["auto"]  # True: the picture has dark strokes on a light background
@@ -66,6 +71,13 @@ class Guidance:
     def steps_within(self, timesteps: Sequence[int]) -> frozenset[int]:
         """Returns the indices of the timesteps within start..stop."""
         return frozenset(k for k, t in enumerate(timesteps) if self.start <= t <= self.stop)
+
+
+class Setting(NamedTuple):
+    """A sampler and its number of steps."""
+
+    sampler: Sampler
+    num_steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +152,21 @@ class ModelSpec:
     def default_steps(self) -> int:
         """The recommended num_steps."""
         return self.steps[0] if self.steps else min(self.max_steps, MOST_STEPS)
+
+    def setting_of(self, quality: Quality) -> Setting:
+        """Returns the sampler and the number of steps of a quality.
+
+        `best` is the recommendation of the model. If the model permits only certain numbers of steps, the qualities are
+        the smallest, the middle and the largest of them.
+        """
+        if self.steps:
+            numbers = sorted(self.steps)
+            place = QUALITIES.index(quality) * (len(numbers) - 1) // (len(QUALITIES) - 1)
+            return Setting(self.samplers[0], numbers[place])
+        if quality == "best":
+            return Setting(self.samplers[0], self.default_steps)
+        sampler = FEW_STEPS_SAMPLER if FEW_STEPS_SAMPLER in self.samplers else self.samplers[0]
+        return Setting(sampler, min(FEW_STEPS[quality], self.default_steps))
 
     @property
     def guidance_scale(self) -> dict[Sampler, float]:

@@ -14,7 +14,7 @@ from app.tasks.fields import NOT_NULL, Number, Prompt, may_be_absent
 from app.tasks.labels import Label, LabelFields, number_of, required_label_of
 from app.tasks.sampling import SamplingFields, options_of
 from app.tasks.task import Task
-from model.spec import MAX_CLIP_GUIDANCE_SCALE
+from model.spec import MAX_CLIP_GUIDANCE_SCALE, Quality
 
 # The facts about CLIP guidance of a task without it.
 NO_CLIP: Mapping[str, Any] = {"clip_guidance_scale": 0.0, "clip_prompt": None, "clip": None, "warning": None}
@@ -31,6 +31,12 @@ class GenerateFields(SamplingFields, LabelFields):
         json_schema_extra=may_be_absent,
     )
 
+    quality: Annotated[Quality | None, NOT_NULL] = Field(
+        default=None,
+        description="Chooses the sampler and the number of steps, from the fastest to the best images, instead of "
+        "`sampler` and `num_steps`. GET /models lists them for each model.",
+        json_schema_extra=may_be_absent,
+    )
     clip_guidance_scale: Annotated[Number, Field(ge=0, le=MAX_CLIP_GUIDANCE_SCALE)] = Field(
         default=0,
         description="Scale of CLIP guidance: the distance by which a step moves the predicted image towards the "
@@ -50,6 +56,7 @@ def generate(info: ModelInfo, fields: GenerateFields, images: Sequence[ImageKey]
     `images` are those of JobRequest. Raises FieldError for a value that the model does not support, and for a prompt of
     CLIP guidance without a scale.
     """
+    fields = _with_setting(info, fields)
     if fields.labels is not None:
         return _one_of_each(info, fields, [label for label in fields.labels if label is not None])
     label = required_label_of(info, fields)
@@ -62,6 +69,19 @@ def generate_each(info: ModelInfo, fields: SamplingFields, images: Sequence[Imag
     Raises FieldError for a value that the model does not support.
     """
     return _task_of(info, fields, options_of(fields, images[0].label, info), images)
+
+
+def _with_setting(info: ModelInfo, fields: GenerateFields) -> GenerateFields:
+    """Returns the fields with the sampler and the steps of the quality. Raises FieldError if these are given too."""
+    if fields.quality is None:
+        return fields
+    for name in ("sampler", "num_steps"):
+        if name in fields.model_fields_set:
+            raise FieldError(
+                name, "This field cannot be combined with quality, which chooses the sampler and the steps"
+            )
+    sampler, num_steps = info.setting_of(fields.quality)
+    return fields.model_copy(update={"sampler": sampler, "num_steps": num_steps})
 
 
 def _one_of_each(info: ModelInfo, fields: GenerateFields, labels: Sequence[str | int]) -> Task:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from model.schedule import Schedule, ScheduleConfig
-from model.spec import Guidance, ModelSpec, TrainingFacts
+from model.spec import QUALITIES, Guidance, ModelSpec, TrainingFacts
 
 SPEC = ModelSpec(
     class_names=("7", "truck"),
@@ -35,6 +35,28 @@ def test_classes_have_labels_and_default_prompts() -> None:
 )
 def test_default_steps_are_permitted(changed: dict[str, Any], default_steps: int) -> None:
     assert replace(SPEC, **changed).default_steps == default_steps
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"samplers": ("ddpm", "dpmpp")}, [("dpmpp", 6), ("dpmpp", 10), ("ddpm", 50)]),
+        ({"samplers": ("ddim",)}, [("ddim", 6), ("ddim", 10), ("ddim", 50)]),
+        ({"samplers": ("ddim",), "steps": (4,)}, [("ddim", 4)] * 3),
+        ({"samplers": ("ddim",), "steps": (4, 1, 2)}, [("ddim", 1), ("ddim", 2), ("ddim", 4)]),
+        (
+            {"samplers": ("dpmpp",), "schedule": Schedule(ScheduleConfig(num_steps=8))},
+            [("dpmpp", 6), ("dpmpp", 8), ("dpmpp", 8)],
+        ),
+    ],
+    ids=["few steps", "another sampler", "one number of steps", "three numbers of steps", "a short schedule"],
+)
+def test_qualities_are_permitted_and_do_not_fall(changed: dict[str, Any], expected: list[tuple[str, int]]) -> None:
+    spec = replace(SPEC, **changed)
+    settings = [spec.setting_of(quality) for quality in QUALITIES]
+    assert settings == expected
+    assert [steps for _, steps in settings] == sorted(steps for _, steps in settings)
+    assert all(sampler in spec.samplers and (not spec.steps or steps in spec.steps) for sampler, steps in settings)
 
 
 def test_guidance_interval_ends_at_the_last_timestep_of_the_schedule() -> None:

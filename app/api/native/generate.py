@@ -41,6 +41,10 @@ LABELS_ALONE: JsonDict = {
         }
     },
 }
+QUALITY_ALONE: JsonDict = {
+    "if": {"required": ["quality"]},
+    "then": {"properties": {name: {"not": {}} for name in ("sampler", "num_steps")}},
+}
 
 
 class GenerateRequest(GenerateFields):
@@ -49,7 +53,9 @@ class GenerateRequest(GenerateFields):
     On a GPU such images may differ, depending on the load.
     """
 
-    model_config = ConfigDict(json_schema_extra={"allOf": [PROMPT_NEEDS_A_SCALE, NEEDS_A_CLASS, LABELS_ALONE]})
+    model_config = ConfigDict(
+        json_schema_extra={"allOf": [PROMPT_NEEDS_A_SCALE, NEEDS_A_CLASS, LABELS_ALONE, QUALITY_ALONE]}
+    )
 
 
 def _complete(operation: Schema, offer: Offer) -> dict[str, Schema]:

@@ -12,7 +12,7 @@ from app.api.service import ServiceDependency
 from app.engine.interface import ModelInfo
 from app.tasks.from_image import has_picture_tasks
 from model.schedule import Schedule, ScheduleConfig
-from model.spec import DIGITS, MOST_STEPS, Sampler
+from model.spec import DIGITS, MOST_STEPS, QUALITIES, Quality, Sampler
 
 router = Router()
 
@@ -39,6 +39,13 @@ class Training(BaseModel):
     evaluations: list[Evaluation]
 
 
+class QualitySetting(BaseModel):
+    """The sampler and the number of steps of a quality."""
+
+    sampler: Sampler
+    num_steps: int
+
+
 class ServedModel(ModelName):
     """A served model, and the options that it permits."""
 
@@ -53,6 +60,7 @@ class ServedModel(ModelName):
     steps: list[int] = Field(description="The permitted values of num_steps. Empty: all values from 1 to max_steps.")
     default_steps: int
     samplers: list[Sampler] = Field(description="The permitted samplers. The first one is the default.")
+    qualities: dict[Quality, QualitySetting] = Field(description="What each `quality` of /generate means.")
     guidable: bool = Field(description="True if a guidance_scale above 1 is permitted.")
     guidance_scale: dict[Sampler, float] = Field(description="The default guidance_scale of each sampler.")
     guidance_interval: dict[Sampler, list[int]] = Field(
@@ -102,6 +110,11 @@ EXAMPLE = {  # the shipped checkpoint
             "steps": [],
             "default_steps": 100,
             "samplers": ["ddpm", "ddim", "dpmpp"],
+            "qualities": {
+                "draft": {"sampler": "dpmpp", "num_steps": 6},
+                "balanced": {"sampler": "dpmpp", "num_steps": 10},
+                "best": {"sampler": "ddpm", "num_steps": 100},
+            },
             "guidable": True,
             "guidance_scale": {"ddpm": 3.0, "ddim": 1.7, "dpmpp": 1.7},
             "guidance_interval": {"ddpm": [20, 65], "ddim": [40, 90], "dpmpp": [40, 90]},
@@ -160,6 +173,11 @@ async def models(service: ServiceDependency) -> JSONResponse:
     return JSONResponse(content, headers={"Cache-Control": "no-store"})
 
 
+def _setting(info: ModelInfo, quality: Quality) -> QualitySetting:
+    sampler, num_steps = info.setting_of(quality)
+    return QualitySetting(sampler=sampler, num_steps=num_steps)
+
+
 def _describe(info: ModelInfo) -> ServedModel:
     facts = info.training
     return ServedModel(
@@ -174,6 +192,7 @@ def _describe(info: ModelInfo) -> ServedModel:
         steps=list(info.steps),
         default_steps=info.default_steps,
         samplers=list(info.samplers),
+        qualities={quality: _setting(info, quality) for quality in QUALITIES},
         guidable=info.guidable,
         guidance_scale=info.guidance_scale,
         guidance_interval={sampler: list(interval) for sampler, interval in info.guidance_interval.items()},

@@ -12,12 +12,12 @@ from app.engine.interface import ModelInfo
 from app.engine.job import FAST_MODEL
 from app.tasks.names import either
 from app.tasks.sampling import max_scale_of
-from model.spec import Sampler
+from model.spec import Quality
 
 AUTO_SIDE = 280  # pixels; the largest multiple of the size of an image that is not above it is used
-MEDIUM_STEPS = 10
-MEDIUM_SAMPLER: Sampler = "dpmpp"
 OPENAI_MODELS = ("gpt-image-", "dall-e-", "chatgpt-image-")  # prefixes of the names of OpenAI's image models
+
+OpenAIQuality = Literal["low", "medium", "high"]
 
 _SIZE = re.compile(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")
 
@@ -29,7 +29,7 @@ class Plan:
     info: ModelInfo
     label: int  # the class that the prompt names
     scale: int
-    quality: Literal["low", "medium", "high"]  # the quality that is used
+    quality: OpenAIQuality  # the quality that is used
     fields: Mapping[str, Any]  # the fields of the request to this service that differ from its defaults
 
     @property
@@ -44,7 +44,14 @@ def plan_generation(body: ImageGenerationRequest, models: Mapping[str, ModelInfo
     if body.quality == "low" and info is _default(models):
         info = _fast(models) or info
     plan = _planned(body, info, largest_request)
-    return replace(plan, quality="low") if info is _fast(models) else _with_steps(body, plan)
+    if info is _fast(models):
+        return replace(plan, quality="low")
+    match body.quality:
+        case "low":
+            return _with_setting(plan, "low", "draft")
+        case "medium":
+            return _with_setting(plan, "medium", "balanced")
+    return plan
 
 
 def plan_edit(
@@ -63,7 +70,8 @@ def plan_edit(
         what_to_do = f". Use {either(others)}" if others else ""
         raise errors.InvalidRequest.of("model", f"The model '{info.name}' does not support edits{what_to_do}")
     plan = _planned(body, info, largest_request)
-    return plan if body.mask is not None else _with_steps(body, plan)
+    is_fast = body.quality in ("low", "medium") and body.mask is None
+    return _with_setting(plan, "medium", "balanced") if is_fast else plan
 
 
 def scale_of(size: str, side: int) -> int:
@@ -130,12 +138,7 @@ def _planned(body: ImagesRequest, info: ModelInfo, largest_request: int) -> Plan
     return Plan(info, label, scale_of(body.size, info.image_shape[1]), "high", fields)
 
 
-def _with_steps(body: ImagesRequest, plan: Plan) -> Plan:
-    """Returns the plan with the steps of the quality, if the model permits them."""
-    info = plan.info
-    is_permitted = MEDIUM_SAMPLER in info.samplers and info.max_steps >= MEDIUM_STEPS
-    is_permitted = is_permitted and (not info.steps or MEDIUM_STEPS in info.steps)
-    if body.quality in ("low", "medium") and is_permitted:
-        steps = {"num_steps": MEDIUM_STEPS, "sampler": MEDIUM_SAMPLER}
-        return replace(plan, quality="medium", fields={**plan.fields, **steps})
-    return plan
+def _with_setting(plan: Plan, name: OpenAIQuality, quality: Quality) -> Plan:
+    """Returns the plan with the sampler and the steps of a quality of this service, and its name in OpenAI's API."""
+    setting = plan.info.setting_of(quality)
+    return replace(plan, quality=name, fields={**plan.fields, **setting._asdict()})

@@ -100,9 +100,9 @@ class ImageGenerationRequest(ImagesRequest):
 
     quality: Quality = Field(
         default="auto",
-        description=f"low: the model `{FAST_MODEL}`, if it is served. medium: 10 steps of dpmpp. Every other value: "
-        "the defaults of the model (100 steps for the shipped checkpoint). With the model `fast`, the quality has no "
-        "effect.",
+        description=f"low: the model `{FAST_MODEL}` if it is served, otherwise the quality `draft` of /generate. "
+        "medium: the quality `balanced`. Every other value: the defaults of the model (100 steps for the shipped "
+        "checkpoint). With the model `fast`, the quality has no effect.",
     )
     moderation: Ignored = None
     style: Ignored = None
@@ -120,8 +120,8 @@ class ImageEditRequest(ImagesRequest):
     )
     quality: Quality = Field(
         default="auto",
-        description="low, medium: 10 steps of dpmpp. Every other value: the defaults of /edit. With a mask, the "
-        "quality has no effect: the defaults of /inpaint are used.",
+        description="low, medium: the sampler and the steps of the quality `balanced` of /generate. Every other value: "
+        "the defaults of /edit. With a mask, the quality has no effect: the defaults of /inpaint are used.",
     )
     input_fidelity: Ignored = None
     markup: Unsupported = Field(default=None, json_schema_extra={"contentEncoding": "base64"})

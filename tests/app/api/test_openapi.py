@@ -14,7 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from PIL import Image
 
-from app.api.native.generate import LABELS_ALONE, NEEDS_A_CLASS, PROMPT_NEEDS_A_SCALE
+from app.api.native.generate import LABELS_ALONE, NEEDS_A_CLASS, PROMPT_NEEDS_A_SCALE, QUALITY_ALONE
 from app.api.native.operations import ONE_CLASS
 from app.api.operations import FILE
 from app.engine.interface import ModelInfo
@@ -102,6 +102,7 @@ def test_document_describes_the_body_and_responses_of_generate() -> None:
         "labels",
         "count",
         "seed",
+        "quality",
         "num_steps",
         "sampler",
         "guidance_scale",
@@ -390,6 +391,7 @@ def test_document_has_no_limits_of_a_model_without_a_readable_checkpoint(tmp_pat
         PROMPT_NEEDS_A_SCALE,
         NEEDS_A_CLASS,
         LABELS_ALONE,
+        QUALITY_ALONE,
         ONE_CLASS,
     ]
 
@@ -412,6 +414,9 @@ FIELDS: list[dict[str, Any]] = [
     *({"num_steps": number} for number in (1, 2, 3, 4, 10, 20, 50, 51, 100, 101)),
     *({"sampler": sampler} for sampler in ("ddpm", "ddim", "dpmpp", "euler")),
     *({"guidance_scale": scale} for scale in (1, 1.0, 1.5, 10, 11)),
+    *({"quality": quality} for quality in ("draft", "balanced", "best", "high", None)),
+    {"quality": "draft", "num_steps": 10},
+    {"quality": "draft", "sampler": "ddim"},
 ]
 
 

@@ -40,6 +40,8 @@ def test_models_are_listed_with_the_options_that_they_permit() -> None:
         assert default["guidance_interval"] == {"ddpm": [51, 100], "ddim": [51, 100], "dpmpp": [51, 100]}
         assert (second["name"], second["steps"], second["default_steps"]) == ("fast", [4, 2], 4)
         assert (second["samplers"], second["guidable"]) == (["ddim"], False)
+        assert default["qualities"]["balanced"] == {"sampler": "dpmpp", "num_steps": 10}
+        assert [each["num_steps"] for each in second["qualities"].values()] == [2, 2, 4]
 
     run(check, FakeRunner(models={"default": INFO, "fast": fast}))
 

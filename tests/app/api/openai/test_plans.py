@@ -46,18 +46,23 @@ def test_model_fast_uses_its_defaults_for_every_quality(quality: str) -> None:
     assert generation(quality=quality, model="fast") == ("fast", "low", {})
 
 
-def test_low_quality_without_the_model_fast_is_medium() -> None:
-    assert generation({"default": INFO}, quality="low") == ("default", "medium", MEDIUM)
+def test_low_quality_without_the_model_fast_is_a_draft() -> None:
+    draft = {"num_steps": 6, "sampler": "dpmpp"}
+    assert generation({"default": INFO}, quality="low") == ("default", "low", draft)
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [{"samplers": ("ddpm",)}, {"schedule": Schedule(ScheduleConfig(num_steps=9))}, {"steps": (5, 20)}],
+    ("changed", "expected"),
+    [
+        ({"samplers": ("ddpm",)}, {"num_steps": 10, "sampler": "ddpm"}),
+        ({"schedule": Schedule(ScheduleConfig(num_steps=9))}, {"num_steps": 9, "sampler": "dpmpp"}),
+        ({"steps": (20, 5, 10)}, {"num_steps": 10, "sampler": "ddpm"}),
+    ],
     ids=["another sampler", "fewer timesteps", "other steps"],
 )
-def test_model_that_does_not_permit_ten_steps_of_dpmpp_uses_its_defaults(changed: dict[str, Any]) -> None:
+def test_medium_quality_has_a_setting_that_the_model_permits(changed: dict[str, Any], expected: dict[str, Any]) -> None:
     models: Models = {"default": replace(INFO, **changed)}
-    assert generation(models, quality="medium") == ("default", "high", {})
+    assert generation(models, quality="medium") == ("default", "medium", expected)
 
 
 @pytest.mark.parametrize("quality", ["low", "medium", "high", "auto", "standard", None])
