@@ -41,7 +41,8 @@ export function start() {
   form.addEventListener("change", (event) => {
     changed.add(event.target.name);
     if (event.target.name === "model") choose(event.target.value);
-    if (event.target.name === "sampler") applyModel();
+    if (event.target.name === "quality") applyQuality();
+    if (["sampler", "num_steps"].includes(event.target.name)) applyModel();
   });
   find("#dice").addEventListener("click", () => {
     form.seed.value = newSeed();
@@ -134,6 +135,14 @@ function choice(name, value, text, checked = false) {
   return element("label", {}, input, element("span", {}, String(text)));
 }
 
+/** Shows radio buttons for [value, text] pairs. A button keeps the focus. */
+function showChoices(name, choices, chosen) {
+  const focused = document.activeElement?.name === name;
+  const parent = find(`#${name}-choice`);
+  parent.replaceChildren(...choices.map(([value, text]) => choice(name, value, text, value === chosen)));
+  if (focused) find("input:checked", parent).focus();
+}
+
 const guidanceText = (scale) => {
   const recommended = model()?.guidance_scale[form.sampler?.value];
   if (scale === 1) return "off";
@@ -184,18 +193,16 @@ function applyModel() {
   if (form.model) form.model.value = model().name;
   const { samplers, steps, max_steps, default_steps, guidable, guidance_scale } = model();
   const sampler = changed.has("sampler") && samplers.includes(form.sampler?.value) ? form.sampler.value : samplers[0];
-  const choices = Object.keys(SAMPLER_NAMES).map((name) => {
-    const made = choice("sampler", name, SAMPLER_NAMES[name], name === sampler);
-    made.firstChild.disabled = !samplers.includes(name);
-    return made;
-  });
-  const focused = document.activeElement?.name === "sampler";
-  find("#sampler-choice").replaceChildren(...choices);
-  if (focused) find("input:checked", find("#sampler-choice")).focus();
+  showChoices("sampler", Object.entries(SAMPLER_NAMES), sampler);
+  for (const input of form.sampler) input.disabled = !samplers.includes(input.value);
   form.num_steps.max = steps.length ? Math.max(...steps) : max_steps;
   form.num_steps.min = steps.length ? Math.min(...steps) : 1;
   form.num_steps.disabled = steps.length === 1;
   if (!changed.has("num_steps") || steps.length) form.num_steps.value = default_steps;
+  const isChosen = ([, setting]) => setting.sampler === sampler && setting.num_steps === Number(form.num_steps.value);
+  const settings = Object.entries(model().qualities);
+  showChoices("quality", settings.map(([name]) => [name, name[0].toUpperCase() + name.slice(1)]), settings.find(isChosen)?.[0]);
+  find("#quality-choice").parentElement.hidden = steps.length === 1;
   form.guidance_scale.disabled = !guidable;
   if (!guidable) form.guidance_scale.value = 1;
   else if (!changed.has("guidance_scale")) form.guidance_scale.value = guidance_scale[sampler];
@@ -203,6 +210,15 @@ function applyModel() {
   find("#steps-hint").textContent = steps.length ? `The model ${name} was trained for ${steps.join(" or ")} steps.` : STEPS_HINT;
   find("#guidance-hint").textContent = guidable ? GUIDANCE_HINT : `The model ${name} takes no guidance scale.`;
   for (const input of [form.num_steps, form.guidance_scale]) input.dispatchEvent(new Event("input"));
+}
+
+/** Sets the sampler and the steps to those of the chosen quality. */
+function applyQuality() {
+  const { sampler, num_steps } = model().qualities[form.quality.value];
+  changed.add("sampler").add("num_steps");
+  form.sampler.value = sampler;
+  form.num_steps.value = num_steps;
+  applyModel();
 }
 
 const hasClip = () => clip !== null && model().isDigits; // CLIP has learned digits only

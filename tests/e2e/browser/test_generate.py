@@ -46,6 +46,23 @@ def test_form_generates_the_images_of_the_api_and_a_reload_repeats_them(service:
     assert page.locator("#guidance-value").text_content() == "2.5"
 
 
+def test_quality_sets_the_sampler_and_the_steps(service: Service, open_page: Open) -> None:
+    page = open_page(service)
+    generate(page, label="4", count="2", seed="42", quality="draft")
+    wait_until_finished(page)
+    assert predictions(page) == pngs(service.post({"label": 4, "count": 2, "seed": 42, "quality": "draft"}))
+    assert "num_steps=6&sampler=dpmpp" in page.url
+    chosen = page.locator('input[name="quality"]:checked')
+    expect(chosen).to_have_value("draft")
+    chosen.press("ArrowRight")
+    expect(page.locator('input[name="quality"]:focus')).to_have_value("balanced")
+    expect(page.locator("#num-steps-value")).to_have_text("10")
+    page.locator("#num-steps").press("ArrowRight")
+    expect(chosen).to_have_count(0)
+    page.locator("#generate-reset").click()
+    expect(chosen).to_have_value("best")
+
+
 def test_generate_after_a_link_gives_new_images_unless_the_seed_is_kept(service: Service, open_page: Open) -> None:
     page = open_page(service, ADDRESS)
     wait_until_finished(page)

@@ -53,7 +53,7 @@ def generate(page: Page, **fields: str) -> None:
     if fields.keys() - {"label"} and page.locator("#advanced").is_hidden():
         page.locator("#advanced-button").click()
     for name, value in fields.items():
-        if name in ("label", "sampler", "model"):
+        if name in ("label", "sampler", "model", "quality"):
             page.locator(f'#generate-form input[name="{name}"][value="{value}"]').check(force=True)
         elif name in ("num_steps", "guidance_scale", "clip_guidance_scale"):
             page.locator(f'[name="{name}"]').evaluate(
