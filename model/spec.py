@@ -13,9 +13,10 @@ from model.schedule import Schedule
 
 Sampler = Literal["ddpm", "ddim", "dpmpp"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
-Quality = Literal["draft", "balanced", "best"]  # from the fastest to the best images
+Quality = Literal["draft", "balanced", "best"]  # from the fewest to the most evaluations of the network
 QUALITIES: tuple[Quality, ...] = get_args(Quality)
-# The numbers of steps of the lower qualities, with the sampler that needs the fewest (docs/evaluation.md).
+# The numbers of steps of the lower qualities, with the sampler that needs the fewest. They were chosen with digits
+# (docs/ablations.md).
 FEW_STEPS: Mapping[Quality, int] = {"draft": 6, "balanced": 10}
 FEW_STEPS_SAMPLER: Sampler = "dpmpp"
 Process = Sampler | Literal["forward", "noisy"]
@@ -156,15 +157,14 @@ class ModelSpec:
     def setting_of(self, quality: Quality) -> Setting:
         """Returns the sampler and the number of steps of a quality.
 
-        `best` is the recommendation of the model. If the model permits only certain numbers of steps, the qualities are
-        the smallest, the middle and the largest of them.
+        `best` is the recommendation of the model. If the model permits only certain numbers of steps, `draft` is the
+        smallest one, and `balanced` is in the middle between it and the recommended one.
         """
-        if self.steps:
-            numbers = sorted(self.steps)
-            place = QUALITIES.index(quality) * (len(numbers) - 1) // (len(QUALITIES) - 1)
-            return Setting(self.samplers[0], numbers[place])
         if quality == "best":
             return Setting(self.samplers[0], self.default_steps)
+        if self.steps:
+            numbers = sorted(number for number in self.steps if number <= self.default_steps)
+            return Setting(self.samplers[0], numbers[len(numbers) // 2 if quality == "balanced" else 0])
         sampler = FEW_STEPS_SAMPLER if FEW_STEPS_SAMPLER in self.samplers else self.samplers[0]
         return Setting(sampler, min(FEW_STEPS[quality], self.default_steps))
 

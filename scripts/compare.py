@@ -39,6 +39,7 @@ from scripts.evaluation.comparison import (
     compare_steps,
 )
 from scripts.evaluation.samples import FEWEST_OF_EACH, MOST_IMAGES, SPLITS
+from scripts.evaluation.spaces import DIGITS_NEED
 
 SEED = 1  # differs from the seed of the published figures, so that settings are not chosen on the same noise
 SCALES = (1.25, 1.5, 2.0, 3.0)
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.command in SWEPT:
         _check_sweep(args)
-        require_installed("torchmetrics", "matplotlib", extra="evaluate")
+        require_installed("torchmetrics", "matplotlib", *DIGITS_NEED, extra="evaluate")
     with Reporter(lambda: "compare: stopped. Run the same command again to continue") as reporter:
         match args.command:
             case "steps":

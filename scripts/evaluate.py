@@ -70,12 +70,13 @@ from scripts.evaluation.samples import (
     samples_of_checkpoint,
     samples_of_folder,
 )
+from scripts.evaluation.spaces import DIGITS_NEED, PHOTOGRAPHS_NEED
 from scripts.evaluation.synthetic import EPOCHS, evaluate_synthetic
 from scripts.evaluation.tables import FEWEST_IMAGES
 
 PACKAGES = {
-    "digits": ("torchmetrics", "matplotlib"),
-    "pictures": ("torchmetrics", "matplotlib"),
+    "digits": ("torchmetrics", "matplotlib", *DIGITS_NEED),
+    "pictures": ("torchmetrics", "matplotlib", *PHOTOGRAPHS_NEED),
     "fog": ("matplotlib",),
     "recognize": ("matplotlib",),
     "handwriting": ("matplotlib",),

@@ -33,8 +33,9 @@ class GenerateFields(SamplingFields, LabelFields):
 
     quality: Annotated[Quality | None, NOT_NULL] = Field(
         default=None,
-        description="Chooses the sampler and the number of steps, from the fastest to the best images, instead of "
-        "`sampler` and `num_steps`. GET /models lists them for each model.",
+        description="Chooses the sampler and the number of steps, from the fewest to the most evaluations of the "
+        "network. `best` is the default of the model. GET /models lists them for each model. It cannot be combined "
+        "with `sampler` or `num_steps`.",
         json_schema_extra=may_be_absent,
     )
     clip_guidance_scale: Annotated[Number, Field(ge=0, le=MAX_CLIP_GUIDANCE_SCALE)] = Field(

@@ -49,7 +49,7 @@ def train_and_save_clip(folder: Path, data_dir: Path, reporter: Reporter, *, epo
 
     Raises ScriptError if the data cannot be read.
     """
-    open_clip = require("open_clip", extra="clip")
+    open_clip = require("open_clip", extra="evaluate")
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     train, test = (load_mnist(split, data_dir) for split in ("train", "test"))

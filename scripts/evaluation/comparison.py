@@ -147,7 +147,8 @@ def _sweep(
     references = load_references(sweep_request.split, sweep_request.data_dir)
     judge, extractor = load_classifier("judge"), load_classifier("extractor")
     num_images = sweep_request.num_images
-    evaluator = Evaluator(references, judge, extractor, num_images, further_spaces=spaces_for_digits(num_images))
+    spaces = spaces_for_digits(num_images, reporter)
+    evaluator = Evaluator(references, judge, extractor, num_images, further_spaces=spaces)
     drawer.compile(request.compile, reporter)
     return Sweep(drawer, evaluator, sweep_request.out / f"{name}.json", request.seed, request.batch_size)
 

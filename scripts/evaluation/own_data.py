@@ -61,7 +61,7 @@ def evaluate_pictures(
             "among those from which it learned, unless only --limit was different"
         )
     count = count_for(pictures, num_images or NUM_IMAGES, reporter)
-    spaces = spaces_for_pictures(min(count, len(pictures.test)))
+    spaces = spaces_for_pictures(min(count, len(pictures.test)), reporter)
     samples = samples_of_drawer(drawer, request, count, reporter)
     judges = own_classifier("judge", pictures, judge, reporter, flip=flip)
     extracts = own_classifier("extractor", pictures, extractor, reporter, flip=flip)

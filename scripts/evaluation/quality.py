@@ -207,10 +207,8 @@ def as_json(quality: Quality, evaluator: Evaluator) -> dict[str, Any]:
         **content,
         "frechet_ratio": quality.frechet_ratio,
         "class_names": evaluator.references.class_names,
-        "networks": {
-            **{name: {"sha256": n.sha256, "test_accuracy": n.accuracy} for name, n in networks.items()},
-            **{space.name: {"sha256": space.sha256} for space in evaluator.further_spaces},
-        },
+        "networks": {name: {"sha256": n.sha256, "test_accuracy": n.accuracy} for name, n in networks.items()},
+        "further_spaces": {space.name: {"sha256": space.sha256} for space in evaluator.further_spaces},
         "notes": notes_of(quality, evaluator.references.class_names),
     }
 
@@ -310,7 +308,7 @@ def evaluate_digits(
     """
     scorer = ClipScorer(clip_model) if clip_model else None
     networks = load_classifier("judge", judge), load_classifier("extractor", extractor)
-    spaces = spaces_for_digits(samples.num_images)
+    spaces = spaces_for_digits(samples.num_images, reporter)
     evaluator = Evaluator(load_references(split, data_dir), *networks, samples.num_images, further_spaces=spaces)
     evaluate_samples(samples, evaluator, reporter, out, scorer)
 

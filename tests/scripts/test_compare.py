@@ -31,8 +31,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         trust_idx_files(patch, NUM_IMAGES)
         patch.setattr("scripts.common.mnist.NUM_VALIDATION", 100)
         patch.setattr(tables, "FEWEST_IMAGES", 10)  # the data has few images
-        patch.setattr("scripts.evaluation.quality.spaces_for_digits", lambda num_images: (space_of_pixels(),))
-        patch.setattr("scripts.evaluation.comparison.spaces_for_digits", lambda num_images: (space_of_pixels(),))
+        patch.setattr("scripts.evaluation.quality.spaces_for_digits", lambda *_: (space_of_pixels(),))
+        patch.setattr("scripts.evaluation.comparison.spaces_for_digits", lambda *_: (space_of_pixels(),))
         yield folder
 
 
@@ -67,7 +67,7 @@ def test_steps_evaluates_each_sampler_with_each_number_of_steps(swept: Path) -> 
     assert table[6].startswith("| real digits |  |  |  | ")
     assert " | 1.00 | " in table[6]
     assert table[8].startswith(
-        "100 digits per setting, seed 1, compared with the validation split. Accuracy and distances"
+        "100 digits per setting, seed 1, compared with the validation split. Accuracy and the columns without the name"
     )
     assert table[2].startswith(
         f"| ddim | 1 | 1.5 in 2-8 | 1 | {rows[0]['extractor']:.2%} |"

@@ -38,7 +38,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         trust_idx_files(patch, NUM_IMAGES)
         patch.setattr(tables, "FEWEST_IMAGES", 100)  # the data has few images
-        patch.setattr("scripts.evaluation.quality.spaces_for_digits", lambda num_images: (space_of_pixels(),))
+        patch.setattr("scripts.evaluation.quality.spaces_for_digits", lambda *_: (space_of_pixels(),))
         yield folder
 
 

@@ -3,11 +3,11 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from app import errors
 from app.api.openai.prompt import label_of_prompt
-from app.api.openai.schemas import AUTO, ImageEditRequest, ImageGenerationRequest, ImagesRequest
+from app.api.openai.schemas import AUTO, ImageEditRequest, ImageGenerationRequest, ImagesRequest, UsedQuality
 from app.engine.interface import ModelInfo
 from app.engine.job import FAST_MODEL
 from app.tasks.names import either
@@ -16,8 +16,6 @@ from model.spec import Quality
 
 AUTO_SIDE = 280  # pixels; the largest multiple of the size of an image that is not above it is used
 OPENAI_MODELS = ("gpt-image-", "dall-e-", "chatgpt-image-")  # prefixes of the names of OpenAI's image models
-
-OpenAIQuality = Literal["low", "medium", "high"]
 
 _SIZE = re.compile(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")
 
@@ -29,7 +27,7 @@ class Plan:
     info: ModelInfo
     label: int  # the class that the prompt names
     scale: int
-    quality: OpenAIQuality  # the quality that is used
+    quality: UsedQuality  # the quality that is used
     fields: Mapping[str, Any]  # the fields of the request to this service that differ from its defaults
 
     @property
@@ -70,8 +68,8 @@ def plan_edit(
         what_to_do = f". Use {either(others)}" if others else ""
         raise errors.InvalidRequest.of("model", f"The model '{info.name}' does not support edits{what_to_do}")
     plan = _planned(body, info, largest_request)
-    is_fast = body.quality in ("low", "medium") and body.mask is None
-    return _with_setting(plan, "medium", "balanced") if is_fast else plan
+    needs_few_steps = body.quality in ("low", "medium") and body.mask is None
+    return _with_setting(plan, "medium", "balanced") if needs_few_steps else plan
 
 
 def scale_of(size: str, side: int) -> int:
@@ -138,7 +136,7 @@ def _planned(body: ImagesRequest, info: ModelInfo, largest_request: int) -> Plan
     return Plan(info, label, scale_of(body.size, info.image_shape[1]), "high", fields)
 
 
-def _with_setting(plan: Plan, name: OpenAIQuality, quality: Quality) -> Plan:
+def _with_setting(plan: Plan, name: UsedQuality, quality: Quality) -> Plan:
     """Returns the plan with the sampler and the steps of a quality of this service, and its name in OpenAI's API."""
     setting = plan.info.setting_of(quality)
     return replace(plan, quality=name, fields={**plan.fields, **setting._asdict()})

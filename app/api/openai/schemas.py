@@ -20,6 +20,7 @@ AUTO = "auto"
 GENERATION, EDIT = "image_generation", "image_edit"  # prefixes of the types of events
 UNSUPPORTED = ("markup", "svg")  # fields of OpenAI that are refused, unless they are null
 
+UsedQuality = Literal["low", "medium", "high"]
 Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"]
 
 
@@ -148,7 +149,7 @@ class ImageFacts(BaseModel):
 
     background: Literal["opaque"] = "opaque"
     output_format: Literal["png"] = "png"
-    quality: Literal["low", "medium", "high"] = Field(description="The quality that was used.")
+    quality: UsedQuality = Field(description="The quality that was used.")
     size: str
 
 

@@ -13,7 +13,7 @@ import { copy, linkOf, saveAs, saveSheet } from "./share.js";
 import { Stage } from "./stage.js";
 
 const SEED_HINT = "The same seed with the same settings gives the same images.";
-const STEPS_HINT = "More steps take longer and usually give better images.";
+const STEPS_HINT = "More steps take longer.";
 const GUIDANCE_HINT = "A higher value makes the class clearer and the images less varied.";
 const WORD = "unfog";
 const WORD_HINT = "All letters are generated at the same time.";
@@ -26,6 +26,7 @@ let classes = null; // the names that the form offers
 let limits = { count: 64 };
 let clip = null; // the CLIP model of the service, if it has one
 let changed = new Set(); // fields that the user has set; the others have the defaults of the model
+let quality = null; // chosen by the user after the sampler and the steps
 let run = null;
 let scoring = null; // aborts the running request to /score
 
@@ -38,11 +39,13 @@ export function start() {
   });
   form.seed.addEventListener("input", checkSeed);
   form.count.addEventListener("input", checkCount);
-  form.addEventListener("change", (event) => {
-    changed.add(event.target.name);
-    if (event.target.name === "model") choose(event.target.value);
-    if (event.target.name === "quality") applyQuality();
-    if (["sampler", "num_steps"].includes(event.target.name)) applyModel();
+  form.addEventListener("change", ({ target: { name, value } }) => {
+    changed.add(name);
+    if (name === "model") choose(value);
+    if (!["quality", "sampler", "num_steps"].includes(name)) return;
+    quality = name === "quality" ? value : null;
+    if (quality) changed.add("sampler").add("num_steps");
+    applyModel();
   });
   find("#dice").addEventListener("click", () => {
     form.seed.value = newSeed();
@@ -192,17 +195,16 @@ function applyModel() {
   applyClasses();
   if (form.model) form.model.value = model().name;
   const { samplers, steps, max_steps, default_steps, guidable, guidance_scale } = model();
-  const sampler = changed.has("sampler") && samplers.includes(form.sampler?.value) ? form.sampler.value : samplers[0];
+  const setting = model().qualities[quality];
+  const sampler = setting?.sampler ?? (changed.has("sampler") && samplers.includes(form.sampler?.value) ? form.sampler.value : samplers[0]);
   showChoices("sampler", Object.entries(SAMPLER_NAMES), sampler);
   for (const input of form.sampler) input.disabled = !samplers.includes(input.value);
   form.num_steps.max = steps.length ? Math.max(...steps) : max_steps;
   form.num_steps.min = steps.length ? Math.min(...steps) : 1;
   form.num_steps.disabled = steps.length === 1;
-  if (!changed.has("num_steps") || steps.length) form.num_steps.value = default_steps;
-  const isChosen = ([, setting]) => setting.sampler === sampler && setting.num_steps === Number(form.num_steps.value);
-  const settings = Object.entries(model().qualities);
-  showChoices("quality", settings.map(([name]) => [name, name[0].toUpperCase() + name.slice(1)]), settings.find(isChosen)?.[0]);
-  find("#quality-choice").parentElement.hidden = steps.length === 1;
+  const isKept = changed.has("num_steps") && (!steps.length || steps.includes(Number(form.num_steps.value)));
+  if (setting || !isKept) form.num_steps.value = setting?.num_steps ?? default_steps;
+  showQualities();
   form.guidance_scale.disabled = !guidable;
   if (!guidable) form.guidance_scale.value = 1;
   else if (!changed.has("guidance_scale")) form.guidance_scale.value = guidance_scale[sampler];
@@ -212,13 +214,14 @@ function applyModel() {
   for (const input of [form.num_steps, form.guidance_scale]) input.dispatchEvent(new Event("input"));
 }
 
-/** Sets the sampler and the steps to those of the chosen quality. */
-function applyQuality() {
-  const { sampler, num_steps } = model().qualities[form.quality.value];
-  changed.add("sampler").add("num_steps");
-  form.sampler.value = sampler;
-  form.num_steps.value = num_steps;
-  applyModel();
+/** Offers the qualities of the model, and marks the one that the form has. */
+function showQualities() {
+  const { qualities, steps } = model();
+  const has = ({ sampler, num_steps }) => sampler === form.sampler.value && num_steps === Number(form.num_steps.value);
+  const names = Object.keys(qualities);
+  const chosen = quality ?? names.findLast((name) => has(qualities[name]));
+  showChoices("quality", names.map((name) => [name, name[0].toUpperCase() + name.slice(1)]), chosen);
+  find("#quality-choice").parentElement.hidden = steps.length === 1;
 }
 
 const hasClip = () => clip !== null && model().isDigits; // CLIP has learned digits only
@@ -235,6 +238,7 @@ function applyClip() {
 function fill(body) {
   form.seed.value = "";
   changed = new Set(Object.keys(body));
+  quality = null;
   choose(body.model);
   applyModel();
   if (body.sampler && model().samplers.includes(body.sampler)) form.sampler.value = body.sampler;
@@ -246,6 +250,7 @@ function fill(body) {
   form.clip_guidance_scale.value = body.clip_guidance_scale ?? 0; // an address without CLIP guidance turns it off
   form.clip_prompt.value = body.clip_prompt ?? "";
   for (const input of [form.num_steps, form.guidance_scale, form.clip_guidance_scale]) input.dispatchEvent(new Event("input"));
+  showQualities();
   applyClip();
   limitCount();
 }
@@ -397,6 +402,7 @@ function saveButtons(finished) {
 
 function reset() {
   changed = new Set();
+  quality = null;
   form.reset();
   if (areAlike()) choose(models[0]?.name);
   if (models.length) applyModel();

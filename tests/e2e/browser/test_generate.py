@@ -54,6 +54,10 @@ def test_quality_sets_the_sampler_and_the_steps(service: Service, open_page: Ope
     assert "num_steps=6&sampler=dpmpp" in page.url
     chosen = page.locator('input[name="quality"]:checked')
     expect(chosen).to_have_value("draft")
+    page.reload()
+    wait_until_finished(page)
+    page.locator("#advanced-button").click()
+    expect(chosen).to_have_value("draft")
     chosen.press("ArrowRight")
     expect(page.locator('input[name="quality"]:focus')).to_have_value("balanced")
     expect(page.locator("#num-steps-value")).to_have_text("10")
@@ -363,6 +367,31 @@ def test_model_with_few_steps_offers_only_what_it_permits(start: Start, fast_che
     expect(page.locator("#steps-hint")).to_have_text("The model fast was trained for 4 or 2 steps.")
     expect(page.locator("#guidance-hint")).to_have_text("The model fast takes no guidance scale.")
     assert predictions(page) == service.images(digit=6, seed=5, model="fast")
+
+
+def test_quality_is_kept_for_another_model_and_the_slider_ends_it(
+    start: Start, fast_checkpoint: Path, open_page: Open
+) -> None:
+    page = open_page(start(UNFOG_FAST_CHECKPOINT=str(fast_checkpoint)))
+    steps, chosen = page.locator("#num-steps-value"), page.locator('input[name="quality"]:checked')
+
+    def choose(name: str, value: str) -> None:
+        page.locator(f'#generate-form input[name="{name}"][value="{value}"]').check(force=True)
+
+    page.locator("#advanced-button").click()
+    choose("quality", "draft")
+    expect(steps).to_have_text("6")
+    choose("model", "fast")
+    expect(steps).to_have_text("2")
+    choose("model", "default")
+    expect(steps).to_have_text("6")
+    choose("model", "fast")
+    page.locator("#num-steps").press("End")
+    expect(steps).to_have_text("4")
+    expect(chosen).to_have_value("best")
+    page.locator("#num-steps").press("Home")
+    expect(steps).to_have_text("2")
+    expect(chosen).to_have_value("draft")
 
 
 def test_full_queue_counts_down_and_then_the_request_can_be_repeated(

@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNFOG_CACHE_DIR", str(folder / "cache"))
         patch.setattr(tables, "FEWEST_IMAGES", 50)
-        patch.setattr("scripts.evaluation.own_data.spaces_for_pictures", lambda num_images: (space_of_pixels(),))
+        patch.setattr("scripts.evaluation.own_data.spaces_for_pictures", lambda *_: (space_of_pixels(),))
         patch.setattr(classifier_training, "MOST_EPOCHS", 12)
         yield folder
 

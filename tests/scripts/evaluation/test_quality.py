@@ -58,7 +58,7 @@ def test_distances_in_further_spaces_are_those_of_their_features(evaluator: Eval
     )
     assert (content["clip_frechet"], content["real_clip_frechet"]) == (distance, floor)
     assert content["clip_frechet_ratio"] == distance / floor
-    assert content["networks"]["clip"] == {"sha256": space.sha256}
+    assert content["further_spaces"] == {"clip": {"sha256": space.sha256}}
     assert f"| ratio to real images, features of CLIP | {distance / floor:.2f} | 1 |" in table
 
 

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -8,10 +9,18 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from scripts.common.progress import Reporter
 from scripts.evaluation import spaces, tables
 from scripts.evaluation.classifiers import Extractor, features_of
 from scripts.evaluation.distances import frechet_distance
-from scripts.evaluation.spaces import Space, space_of_classifier, space_of_clip, space_of_photographs, spaces_for_digits
+from scripts.evaluation.spaces import (
+    Space,
+    space_of_classifier,
+    space_of_clip,
+    space_of_photographs,
+    spaces_for_digits,
+    spaces_for_pictures,
+)
 from tests.scripts.evaluation.bars import bars, untrained
 
 MILITARY_UNIFORM = 652  # number of the class in ImageNet
@@ -65,6 +74,12 @@ def test_space_of_a_classifier_has_its_features() -> None:
     assert (space.name, space.sha256) == ("extractor", trained.sha256)
 
 
-def test_few_images_have_no_further_spaces() -> None:
-    assert spaces_for_digits(tables.FEWEST_IMAGES - 1) == ()
-    assert [space.name for space in spaces_for_digits(tables.FEWEST_IMAGES)] == ["clip", "efficientnet"]
+@pytest.mark.parametrize(
+    ("spaces_for", "names"), [(spaces_for_digits, ["clip", "efficientnet"]), (spaces_for_pictures, ["efficientnet"])]
+)
+def test_few_images_have_no_further_spaces(
+    spaces_for: Callable[[int, Reporter], tuple[Space, ...]], names: list[str]
+) -> None:
+    with Reporter() as reporter:
+        assert spaces_for(tables.FEWEST_IMAGES - 1, reporter) == ()
+        assert [space.name for space in spaces_for(tables.FEWEST_IMAGES, reporter)] == names

@@ -71,6 +71,14 @@ def test_evaluations_with_different_conditions_are_rejected(field: str) -> None:
         check_comparable([EVALUATION, {**EVALUATION, field: "other"}])
 
 
+def test_ratios_in_further_spaces_have_rows_if_all_evaluations_have_them() -> None:
+    newer = {**EVALUATION, "further_spaces": {"clip": {}}, "clip_frechet_ratio": 1.234, "judge_frechet_ratio": 5.0}
+    check_comparable([EVALUATION, newer])
+    assert "| ratio to real digits, CLIP | 1.23 | 1.23 | 1 |" in across({"one": newer, "two": newer})
+    assert "CLIP" not in across({"one": newer, "two": EVALUATION})
+    assert "judge" not in across({"one": newer})
+
+
 @pytest.mark.parametrize("missing", ["judge", "real_manifold", "networks", "memorised"])
 def test_evaluation_without_a_metric_is_rejected(tmp_path: Path, missing: str) -> None:
     (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))

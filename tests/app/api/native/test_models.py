@@ -41,7 +41,7 @@ def test_models_are_listed_with_the_options_that_they_permit() -> None:
         assert (second["name"], second["steps"], second["default_steps"]) == ("fast", [4, 2], 4)
         assert (second["samplers"], second["guidable"]) == (["ddim"], False)
         assert default["qualities"]["balanced"] == {"sampler": "dpmpp", "num_steps": 10}
-        assert [each["num_steps"] for each in second["qualities"].values()] == [2, 2, 4]
+        assert [each["num_steps"] for each in second["qualities"].values()] == [2, 4, 4]
 
     run(check, FakeRunner(models={"default": INFO, "fast": fast}))
 
