@@ -173,11 +173,6 @@ async def models(service: ServiceDependency) -> JSONResponse:
     return JSONResponse(content, headers={"Cache-Control": "no-store"})
 
 
-def _setting(info: ModelInfo, quality: Quality) -> QualitySetting:
-    sampler, num_steps = info.setting_of(quality)
-    return QualitySetting(sampler=sampler, num_steps=num_steps)
-
-
 def _describe(info: ModelInfo) -> ServedModel:
     facts = info.training
     return ServedModel(
@@ -192,7 +187,7 @@ def _describe(info: ModelInfo) -> ServedModel:
         steps=list(info.steps),
         default_steps=info.default_steps,
         samplers=list(info.samplers),
-        qualities={quality: _setting(info, quality) for quality in QUALITIES},
+        qualities={quality: QualitySetting(**info.setting_of(quality)._asdict()) for quality in QUALITIES},
         guidable=info.guidable,
         guidance_scale=info.guidance_scale,
         guidance_interval={sampler: list(interval) for sampler, interval in info.guidance_interval.items()},

@@ -26,7 +26,7 @@ let classes = null; // the names that the form offers
 let limits = { count: 64 };
 let clip = null; // the CLIP model of the service, if it has one
 let changed = new Set(); // fields that the user has set; the others have the defaults of the model
-let quality = null; // chosen by the user after the sampler and the steps
+let quality = null; // chosen after the sampler and the steps
 let run = null;
 let scoring = null; // aborts the running request to /score
 
@@ -138,12 +138,12 @@ function choice(name, value, text, checked = false) {
   return element("label", {}, input, element("span", {}, String(text)));
 }
 
-/** Shows radio buttons for [value, text] pairs. A button keeps the focus. */
+/** Shows radio buttons for [value, text] pairs, and keeps the focus. */
 function showChoices(name, choices, chosen) {
   const focused = document.activeElement?.name === name;
   const parent = find(`#${name}-choice`);
   parent.replaceChildren(...choices.map(([value, text]) => choice(name, value, text, value === chosen)));
-  if (focused) find("input:checked", parent).focus();
+  if (focused) (find(":checked", parent) ?? find("input", parent)).focus();
 }
 
 const guidanceText = (scale) => {

@@ -61,6 +61,10 @@ def test_quality_sets_the_sampler_and_the_steps(service: Service, open_page: Ope
     chosen.press("ArrowRight")
     expect(page.locator('input[name="quality"]:focus')).to_have_value("balanced")
     expect(page.locator("#num-steps-value")).to_have_text("10")
+    page.evaluate("location.hash = '#/generate?label=4&count=1&seed=42&num_steps=12&sampler=ddim&model=default'")
+    wait_until_finished(page)
+    expect(page.locator("#num-steps-value")).to_have_text("12")
+    expect(chosen).to_have_count(0)  # while a button of the quality had the focus
     page.locator("#num-steps").press("ArrowRight")
     expect(chosen).to_have_count(0)
     page.locator("#generate-reset").click()
