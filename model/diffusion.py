@@ -16,7 +16,8 @@ class Diffusion:
     """Adds noise, draws random timesteps and computes the training loss.
 
     All random numbers come from one generator, so a run with the same seed is repeatable. `prediction` is the target of
-    the network (default: eps). `min_snr_gamma` sets the loss weighting of Hang 2023; 0 turns it off.
+    the network (default: eps). `min_snr_gamma` sets the loss weighting of Hang 2023; 0 turns it off. No weight is below
+    `min_weight`: the weights of Hang 2023 go to 0 near t = T, so a network trained with them alone never learns there.
     """
 
     def __init__(
@@ -25,13 +26,14 @@ class Diffusion:
         generator: torch.Generator,
         prediction: Prediction | None = None,
         min_snr_gamma: float = 0.0,
+        min_weight: float = 0.0,
     ) -> None:
         self.generator = generator
         self.prediction = (prediction or Prediction(PredictionConfig(), schedule)).to(generator.device)
         weights = (
             self.prediction.min_snr_weights(min_snr_gamma) if min_snr_gamma else torch.ones_like(schedule.alpha_bar)
         )
-        self.weights = weights.float().to(generator.device)  # (T + 1,)
+        self.weights = weights.float().clamp(min=min_weight).to(generator.device)  # (T + 1,)
         self.num_steps = schedule.num_steps
         self.alpha_bar = schedule.alpha_bar.float().to(generator.device)  # (T + 1,)
 

@@ -335,4 +335,4 @@ def evaluate_samples(
         write_atomically(out / "evaluation.md", f"{table}\n".encode())
         save_figure(show_confusion(quality.judge, names), out / "confusion.png", grey=False)
         is_grey = drawn.images.shape[1] == 1
-        save_figure(show_nearest(drawn, nearest, references.learned.images), out / "nearest.png", grey=is_grey)
+        save_figure(show_nearest(drawn, nearest, references.all_learned.images), out / "nearest.png", grey=is_grey)

@@ -79,7 +79,9 @@ class DenoisingObjective:
         return self._held_out.losses(denoiser)
 
     def _diffusion(self, generator: torch.Generator) -> Diffusion:
-        return Diffusion(self.schedule, generator, self.prediction, self.recipe.min_snr_gamma)
+        return Diffusion(
+            self.schedule, generator, self.prediction, self.recipe.min_snr_gamma, self.recipe.min_loss_weight
+        )
 
 
 class HeldOut:

@@ -81,6 +81,15 @@ def test_min_snr_weight_of_an_x_0_error_is_at_most_gamma(kind: str, gamma: float
     torch.testing.assert_close(errors.double(), expected, rtol=1e-3, atol=1e-12)
 
 
+def test_no_loss_weight_is_below_the_minimum_and_the_others_stay() -> None:
+    v = Prediction(PredictionConfig("v"), SCHEDULE)
+    usual, raised = (
+        Diffusion(SCHEDULE, torch.Generator(), v, 5.0, min_weight).weights[1:] for min_weight in (0.0, 0.1)
+    )
+    assert usual[-1] < 1e-5  # at t = T
+    torch.testing.assert_close(raised, torch.where(usual < 0.1, 0.1, usual))
+
+
 @pytest.mark.parametrize(
     ("config", "reason"), [({"kind": "x_0"}, "unknown prediction kind"), ({"sigma_data": 0.0}, "above 0")]
 )

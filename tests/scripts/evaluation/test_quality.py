@@ -1,18 +1,21 @@
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from torch import Tensor
 
 from scripts.common.data.data_set import ImageSet
 from scripts.common.progress import Reporter
 from scripts.evaluation import tables
 from scripts.evaluation.classifiers import Extractor, Judge
-from scripts.evaluation.distances import frechet_distance
+from scripts.evaluation.distances import Nearest, frechet_distance
 from scripts.evaluation.pictures import show_confusion, show_nearest
-from scripts.evaluation.quality import Evaluator, Quality, as_json, as_markdown, notes_of
+from scripts.evaluation.quality import Evaluator, Quality, as_json, as_markdown, evaluate_samples, notes_of
 from scripts.evaluation.recognition import Recognition, recognition
-from scripts.evaluation.samples import References
+from scripts.evaluation.samples import References, Samples
 from tests.scripts.evaluation.bars import FixedClassifier, bars, space_of_pixels, untrained
 
 LEARNED = bars(300, 1)
@@ -105,6 +108,26 @@ def test_copies_of_compared_training_digits_count_as_memorised(evaluator: Evalua
     other = Evaluator(of_training, evaluator.judge, evaluator.extractor, num_images=100)
     copies = ImageSet(compared.images[:100], compared.labels[:100])
     assert (evaluate(evaluator, copies).memorised, evaluate(other, copies).memorised) == (0, 1)
+
+
+def test_picture_of_nearest_digits_shows_compared_training_digits_too(
+    evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Tensor] = []
+
+    def show(drawn: ImageSet, nearest: Nearest, learned: Tensor) -> Figure:
+        shown.append(learned[nearest.indices[:, 0]])
+        return show_nearest(drawn, nearest, learned)
+
+    monkeypatch.setattr("scripts.evaluation.quality.show_nearest", show)
+    compared = bars(200, 2)
+    everything = ImageSet(torch.cat([compared.images, LEARNED.images]), torch.cat([compared.labels, LEARNED.labels]))
+    of_training = References(LEARNED, compared, "training", everything)
+    other = Evaluator(of_training, evaluator.judge, evaluator.extractor, num_images=100)
+    copies = ImageSet(compared.images[:100], compared.labels[:100])
+    with Reporter() as reporter:
+        evaluate_samples(Samples(100, lambda: (copies, {})), other, reporter, tmp_path)
+    assert torch.equal(shown[0], copies.images)
 
 
 def test_table_and_json_have_the_same_values(evaluator: Evaluator) -> None:
