@@ -18,6 +18,10 @@ class Diffusion:
     All random numbers come from one generator, so a run with the same seed is repeatable. `prediction` is the target of
     the network (default: eps). `min_snr_gamma` sets the loss weighting of Hang 2023; 0 turns it off. No weight is below
     `min_weight`: the weights of Hang 2023 go to 0 near t = T, so a network trained with them alone never learns there.
+
+    `overshoot_weight` is the weight of an error that makes a black pixel darker than black, or a white one brighter
+    than white. Samplers clip such a prediction, so it does no harm. With a weight below 1, the network learns to
+    predict black beyond the limit, and its small errors no longer leave faint specks in a black background.
     """
 
     def __init__(
@@ -27,6 +31,7 @@ class Diffusion:
         prediction: Prediction | None = None,
         min_snr_gamma: float = 0.0,
         min_weight: float = 0.0,
+        overshoot_weight: float = 1.0,
     ) -> None:
         self.generator = generator
         self.prediction = (prediction or Prediction(PredictionConfig(), schedule)).to(generator.device)
@@ -34,6 +39,7 @@ class Diffusion:
             self.prediction.min_snr_weights(min_snr_gamma) if min_snr_gamma else torch.ones_like(schedule.alpha_bar)
         )
         self.weights = weights.float().clamp(min=min_weight).to(generator.device)  # (T + 1,)
+        self.overshoot_weight = overshoot_weight
         self.num_steps = schedule.num_steps
         self.alpha_bar = schedule.alpha_bar.float().to(generator.device)  # (T + 1,)
 
@@ -77,8 +83,13 @@ class Diffusion:
 
     def errors(self, output: Tensor, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Returns the weighted mean squared error of each row, (B,), for an output (B, C, H, W) at timesteps t (B,)."""
-        target = self.prediction.target(x_0, eps, t)  # (B, C, H, W)
-        return self.weights[t] * (output - target).square().mean(dim=(1, 2, 3))
+        error = output - self.prediction.target(x_0, eps, t)  # (B, C, H, W)
+        squared = error.square()
+        if self.overshoot_weight != 1:
+            # x_0 falls if the output rises, so the prediction overshoots x_0 = 1 if the error is negative.
+            is_beyond = (x_0.abs() == 1) & (error * x_0 < 0)
+            squared = torch.where(is_beyond, self.overshoot_weight * squared, squared)
+        return self.weights[t] * squared.mean(dim=(1, 2, 3))
 
 
 def ema_decay(step: int, max_decay: float) -> float:

@@ -181,8 +181,11 @@ class DistillationObjective:
             for k, (before, after) in enumerate(pairwise(states.unbind(dim=1)))
         ]
         x_t, target, k = (torch.cat(part) for part in zip(*steps, strict=True))
-        weights, band = torch.ones_like(x_t[:, 0, 0, 0]), len(self._t) - 1 - k  # (N,) each
-        return HeldOut(x_t, self._t[k], y.repeat(len(self._t)), target, weights, band)
+
+        def errors(output: Tensor) -> Tensor:
+            return (output - target).square().mean(dim=(1, 2, 3))
+
+        return HeldOut(x_t, self._t[k], y.repeat(len(self._t)), errors, len(self._t) - 1 - k)
 
 
 def distil(request: TrainingRequest, teacher: Path, reporter: Reporter) -> None:

@@ -1,6 +1,7 @@
 """Loss functions for training: the interface, and the denoising loss at random timesteps of real images."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -80,22 +81,30 @@ class DenoisingObjective:
 
     def _diffusion(self, generator: torch.Generator) -> Diffusion:
         return Diffusion(
-            self.schedule, generator, self.prediction, self.recipe.min_snr_gamma, self.recipe.min_loss_weight
+            self.schedule,
+            generator,
+            self.prediction,
+            self.recipe.min_snr_gamma,
+            self.recipe.min_loss_weight,
+            self.recipe.overshoot_weight,
         )
 
 
 class HeldOut:
-    """Validation rows: inputs x_t, t and y, the target output, the weight in the loss, and the index of the band."""
+    """Validation rows: inputs x_t, t and y, the index of the band, and `errors`, the loss of each row of an output.
 
-    def __init__(self, x_t: Tensor, t: Tensor, y: Tensor, target: Tensor, weights: Tensor, band: Tensor) -> None:
-        self.x_t, self.t, self.y, self.target, self.weights, self.band = x_t, t, y, target, weights, band
+    `errors` and `band` are on one device, which need not be that of the inputs and of the output.
+    """
+
+    def __init__(self, x_t: Tensor, t: Tensor, y: Tensor, errors: Callable[[Tensor], Tensor], band: Tensor) -> None:
+        self.x_t, self.t, self.y, self.errors, self.band = x_t, t, y, errors, band
 
     @torch.inference_mode()
     def losses(self, denoiser: Denoiser) -> Losses:
-        """Returns the weighted mean squared error over all rows, and over the rows of each band."""
+        """Returns the mean loss over all rows, and over the rows of each band."""
         batches = zip(*(rows.split(VALIDATION_BATCH) for rows in (self.x_t, self.t, self.y)), strict=True)
         output = torch.cat([denoiser(*batch) for batch in batches])  # (N, C, H, W)
-        errors = self.weights * (output - self.target).square().mean(dim=(1, 2, 3))  # (N,)
+        errors = self.errors(output)  # (N,)
         bands = tuple(errors[self.band == band].mean().item() for band in self.band.unique())
         return errors.mean().item(), bands
 
@@ -104,9 +113,13 @@ def _held_out(images: ImageSet, diffusion: Diffusion, device: torch.device) -> H
     images = images.rows(_validation_rows(len(images), diffusion.generator))
     x_0, t = from_pixels(images.images), torch.arange(len(images)) % diffusion.num_steps + 1  # (N,)
     x_t, eps = diffusion.add_noise(x_0, t)
-    target, weights = diffusion.prediction.target(x_0, eps, t), diffusion.weights[t]
     band = (t - 1) * NUM_BANDS // diffusion.num_steps  # (N,)
-    return HeldOut(*(rows.to(device) for rows in (x_t, t, images.labels, target, weights, band)))
+    errors = partial(_errors_on_cpu, diffusion, x_0=x_0, eps=eps, t=t)
+    return HeldOut(x_t.to(device), t.to(device), images.labels.to(device), errors, band)
+
+
+def _errors_on_cpu(diffusion: Diffusion, output: Tensor, *, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    return diffusion.errors(output.cpu(), x_0, eps, t)
 
 
 def _validation_rows(num_images: int, generator: torch.Generator) -> Tensor:

@@ -76,6 +76,7 @@ class Recipe(_Strict):
     flip: bool = False  # mirror each training image with probability 0.5; wrong for digits and letters
     min_snr_gamma: float = Field(default=0.0, ge=0)  # loss weight min(SNR, gamma) (Hang 2023); 0 = off
     min_loss_weight: float = Field(default=0.0, ge=0)  # no weight is smaller, so that the network also learns near T
+    overshoot_weight: float = Field(default=1.0, gt=0, le=1)  # weight of errors beyond black and white
     guidance: Guidance
     guidance_by_sampler: dict[Sampler, Guidance] = {}  # replaces `guidance` for these samplers
     schedule: ScheduleConfig

@@ -90,6 +90,27 @@ def test_no_loss_weight_is_below_the_minimum_and_the_others_stay() -> None:
     torch.testing.assert_close(raised, torch.where(usual < 0.1, 0.1, usual))
 
 
+@EVERY_KIND
+@pytest.mark.parametrize(
+    ("x_0", "predicted", "share"),
+    [(-1.0, -1.2, 0.1), (-1.0, -0.8, 1), (1.0, 1.2, 0.1), (1.0, 0.8, 1), (0.9, 1.3, 1), (-0.9, -1.3, 1)],
+)
+def test_only_errors_beyond_black_and_white_of_such_pixels_have_the_overshoot_weight(
+    kind: str, x_0: float, predicted: float, share: float
+) -> None:
+    prediction, t = Prediction(PredictionConfig(kind), SCHEDULE), torch.tensor([50])
+    alpha_bar, eps = ALPHA_BAR[t].float(), torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps
+    eps_of_predicted = (x_t - alpha_bar.sqrt() * predicted) / (1 - alpha_bar).sqrt()
+    images, others = torch.full_like(eps, x_0), torch.full_like(eps, predicted)
+    output = prediction.target(others, eps_of_predicted, t)
+    whole, reduced = (
+        Diffusion(SCHEDULE, torch.Generator(), prediction, overshoot_weight=weight).errors(output, images, eps, t)
+        for weight in (1.0, 0.1)
+    )
+    torch.testing.assert_close(reduced, share * whole)
+
+
 @pytest.mark.parametrize(
     ("config", "reason"), [({"kind": "x_0"}, "unknown prediction kind"), ({"sigma_data": 0.0}, "above 0")]
 )

@@ -1,6 +1,10 @@
+from functools import partial
+
 import pytest
 import torch
+from torch import Tensor
 
+from scripts.common.data.data_set import ImageSet
 from scripts.training.objective import VALIDATION_BATCH, DenoisingObjective, _validation_rows
 from tests.scripts.tiny_training import NUM_IMAGES, NUM_STEPS, NUM_VALIDATION, noise_data, recipe_of
 
@@ -9,6 +13,14 @@ from tests.scripts.tiny_training import NUM_IMAGES, NUM_STEPS, NUM_VALIDATION, n
 def objective() -> DenoisingObjective:
     data = noise_data()
     return DenoisingObjective(recipe_of("cosine"), data.learn, data.validate, torch.device("cpu"))
+
+
+def noise_of(objective: DenoisingObjective) -> Tensor:
+    """Returns the noise of the validation rows, which is the target of the kind eps."""
+    errors = objective._held_out.errors
+    assert isinstance(errors, partial)
+    noise: Tensor = errors.keywords["eps"]
+    return noise
 
 
 def test_loss_of_a_zero_output_is_the_noise_variance_in_every_band(objective: DenoisingObjective) -> None:
@@ -20,12 +32,23 @@ def test_loss_of_a_zero_output_is_the_noise_variance_in_every_band(objective: De
 
 def test_bands_are_quarters_of_the_timesteps_with_least_noise_first(objective: DenoisingObjective) -> None:
     held_out = objective._held_out
-    targets = iter(held_out.target.split(VALIDATION_BATCH))
+    targets = iter(noise_of(objective).split(VALIDATION_BATCH))
     _, band_losses = held_out.losses(lambda x_t, t, y: next(targets) + t[:, None, None, None])
     quarter = NUM_STEPS // 4
     for band, loss in enumerate(band_losses):
         steps = [t for t in held_out.t.tolist() if band * quarter < t <= (band + 1) * quarter]
         assert loss == pytest.approx(sum(t * t for t in steps) / len(steps), rel=1e-4)
+
+
+def test_validation_of_black_images_has_the_overshoot_weight() -> None:
+    data = noise_data()
+    black = ImageSet(torch.zeros_like(data.validate.images), data.validate.labels)
+    recipe = recipe_of("cosine", overshoot_weight=0.1)
+    objective = DenoisingObjective(recipe, data.learn, black, torch.device("cpu"))
+    for sign, expected in ((1, 0.1), (-1, 1)):  # more noise in the prediction means a darker image
+        noise = iter((noise_of(objective) + sign).split(VALIDATION_BATCH))
+        loss, _ = objective.validation_losses(lambda x_t, t, y, noise=noise: next(noise))
+        assert loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_labels_are_dropped_at_the_recipes_rate_and_held_out_images_are_unused(
