@@ -76,7 +76,7 @@ class Recipe(_Strict):
     flip: bool = False  # mirror each training image with probability 0.5; wrong for digits and letters
     min_snr_gamma: float = Field(default=0.0, ge=0)  # loss weight min(SNR, gamma) (Hang 2023); 0 = off
     min_loss_weight: float = Field(default=0.0, ge=0)  # no weight is smaller, so that the network also learns near T
-    overshoot_weight: float = Field(default=1.0, gt=0, le=1)  # weight of errors beyond black and white
+    overshoot_weight: float = Field(default=1.0, gt=0, le=1)  # weight of errors beyond black and white in such pixels
     guidance: Guidance
     guidance_by_sampler: dict[Sampler, Guidance] = {}  # replaces `guidance` for these samplers
     schedule: ScheduleConfig
@@ -122,6 +122,8 @@ class Recipe(_Strict):
             raise ValueError("distillation does not support prediction.kind eps. Use v or edm")
         if self.label_drop or self.guidance.scale != 1 or self.min_snr_gamma:
             raise ValueError("distillation needs label_drop = 0, guidance.scale = 1 and min_snr_gamma = 0")
+        if self.min_loss_weight or self.overshoot_weight != 1:
+            raise ValueError("distillation needs min_loss_weight = 0 and overshoot_weight = 1")
         if max(distillation.num_steps, distillation.teacher_steps) > self.schedule.num_steps:
             raise ValueError(
                 "distillation.num_steps and distillation.teacher_steps must be at most schedule.num_steps, "

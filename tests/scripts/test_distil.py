@@ -183,6 +183,8 @@ def test_train_rejects_a_preset_for_distillation(
         ('kind = "v"', 'kind = "eps"', "distillation does not support prediction.kind eps"),
         ("scale = 1.0", "scale = 1.5", "distillation needs label_drop = 0"),
         ("label_drop = 0.0", "label_drop = 0.1", "distillation needs label_drop = 0"),
+        ("label_drop = 0.0", "label_drop = 0.0\nmin_loss_weight = 0.1", "distillation needs min_loss_weight = 0"),
+        ("label_drop = 0.0", "label_drop = 0.0\novershoot_weight = 0.1", "distillation needs min_loss_weight = 0"),
         ("teacher_steps = 6", "teacher_steps = 50", "must be at most schedule.num_steps"),
         ("num_paths = 56", "num_paths = 5", "must be at least batch_size"),
     ],
