@@ -13,7 +13,7 @@ from torch import Tensor
 from model.comparison import Comparison
 from model.noise import normal
 from model.recognition import DEFAULT_NUM_PAIRS, RECOGNITION_SEED, Readout, Recognition, ink_of, timesteps
-from model.sampler import Plan, plan_through
+from model.sampler import Plan, check_null_label, plan_through
 from model.schedule import Schedule
 from model.spec import Guidance
 from model.step import Rows, State, Step
@@ -86,7 +86,7 @@ def draw(  # noqa: PLR0913 # most are optional
     seed: Tensor,
     index: Tensor,
     y: Tensor,
-    null_label: int = 10,
+    null_label: int | None = None,
     guidance: Guidance | None = None,
     start: Start | None = None,
     on_step: OnStep | None = None,
@@ -94,10 +94,11 @@ def draw(  # noqa: PLR0913 # most are optional
     """Generates images: returns x_0 (B, C, H, W). Row i follows plans[i].
 
     `step` computes each step, for the rows whose plan is not finished. seed, index and y are (B,) int64 on the device
-    of `step`. `guidance` applies to all rows; None turns it off. `start` has the images to start from. `on_step` is
-    called after each step.
+    of `step`. `guidance` applies to all rows; None turns it off. It needs the label that means "no class" (ValueError
+    without it). `start` has the images to start from. `on_step` is called after each step.
     """
     guidance = guidance or Guidance()
+    null = check_null_label(null_label, guidance)
     state, table, first_row = begin(
         plans, image_shape, seed=seed, index=index, guidance_scale=guidance.scale, start=start
     )
@@ -108,7 +109,7 @@ def draw(  # noqa: PLR0913 # most are optional
         slot = torch.tensor([*running, *(running[i] for i in guided)], device=y.device)  # (N,)
         second = torch.arange(len(running))  # (B,)
         second[torch.tensor(guided, dtype=torch.int64)] = len(running) + torch.arange(len(guided))
-        label = torch.cat([y[slots], torch.full_like(y[: len(guided)], null_label)])  # (N,)
+        label = torch.cat([y[slots], torch.full_like(y[: len(guided)], null)])  # (N,)
         taken = Rows(slot, first_row[slot] + k, label, torch.full_like(slots, 1 + k), second.to(y.device))
         stepped = step(state, table, taken)
         if on_step:

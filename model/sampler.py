@@ -169,6 +169,16 @@ def guide(cond: Tensor, uncond: Tensor, guidance_scale: Tensor) -> Tensor:
     return uncond + guidance_scale * (cond - uncond)
 
 
+def check_null_label(null_label: int | None, guidance: Guidance) -> int:
+    """Returns the label that means "no class". A network of N classes has N there, so no default fits all networks.
+
+    Raises ValueError if the label is missing although guidance needs it.
+    """
+    if null_label is None and guidance.scale != 1:
+        raise ValueError("guidance needs null_label, the label that means 'no class'")
+    return null_label or 0
+
+
 def reverse_step(x_t: Tensor, x_0: Tensor, x_0_prev: Tensor, z: Tensor, coefficients: Tensor) -> Tensor:
     """Returns x_prev of one step of any sampler. z is fresh noise. Images are (B, C, H, W), coefficients (B, 4)."""
     a, b, c, s = coefficients[:, :, None, None, None].unbind(dim=1)  # (B, 1, 1, 1) each
@@ -189,19 +199,21 @@ def sample(  # noqa: PLR0913 # most are optional
     timesteps: list[int] | None = None,
     guidance: Guidance | None = None,
     prediction: Prediction | None = None,
-    null_label: int = 10,
+    null_label: int | None = None,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Runs the complete reverse process with any denoiser. Returns x_0 (B, C, H, W) for y, seed and index (B,).
 
     `timesteps` replaces the timesteps that follow from `num_steps`; they must be decreasing and end with 0.
-    `on_step(t, x_t, x_0)` is called with the input of each step and the predicted x_0. Raises ValueError for an unknown
-    sampler or a num_steps out of range.
+    `null_label`, the label that means "no class", is needed with guidance. `on_step(t, x_t, x_0)` is called with the
+    input of each step and the predicted x_0. Raises ValueError for an unknown sampler, a num_steps out of range, or
+    guidance without a null label.
 
     `model.process.draw` is the fast loop for a loaded checkpoint. This simple loop exists because training and the
     probe image of a checkpoint have only a network, and because tests use it as the reference for the fast loop.
     """
     guidance = guidance or Guidance()
+    null = check_null_label(null_label, guidance)
     mix = (prediction or Prediction(PredictionConfig(), schedule)).table(y.device)  # (T + 1, 3)
     plan = plan_through(schedule, sampler, timesteps) if timesteps else make_plan(schedule, sampler, num_steps)
     coefficients = plan.coefficients.to(y.device)  # (num_steps, 4)
@@ -211,7 +223,7 @@ def sample(  # noqa: PLR0913 # most are optional
         t = torch.full_like(y, step_t)  # (B,)
         output = denoiser(x_t, t, y)
         if guidance.acts_at(step_t):
-            output = guide(output, denoiser(x_t, t, torch.full_like(y, null_label)), torch.tensor(guidance.scale))
+            output = guide(output, denoiser(x_t, t, torch.full_like(y, null)), torch.tensor(guidance.scale))
         x_0_prev, x_0 = x_0, predict_x_0(x_t, output, mix[t])
         if on_step:
             on_step(step_t, x_t, x_0)

@@ -180,6 +180,7 @@ class Drawer:
                     seed=torch.full_like(rows, seed),
                     index=index[rows],
                     y=y[rows],
+                    null_label=self.checkpoint.network.null_label,
                     guidance=options.guidance,
                     start=start and start.rows(rows),
                     on_step=step,

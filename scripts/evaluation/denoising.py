@@ -173,6 +173,7 @@ class Denoiser:
             seed=torch.full_like(index, SEED),
             index=index,
             y=y.to(u.device),
+            null_label=self.checkpoint.network.null_label,
             guidance=guidance,
             start=Start(u, *levels),
         )

@@ -141,6 +141,7 @@ def test_process_is_guided_only_within_the_interval(clip: Clip, text: Tensor, tm
             seed=torch.zeros_like(rows),
             index=rows,
             y=rows,
+            null_label=loaded.network.null_label,
             guidance=Guidance(2.0),
             on_step=lambda k, x_t, x_0: seen[is_guided].update({plan.timesteps[k]: x_t.clone()}),
         )

@@ -21,6 +21,7 @@ KEYS = {
     "y": torch.tensor([3, 1, 1, 8, 0]),
 }
 GUIDANCE = Guidance(2.0, 20, 80)
+NULL = 10  # label of a network with ten classes that means "no class"
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def plans(loaded: Checkpoint) -> list[Plan]:
 def test_draw_equals_the_reference_loop_for_each_row(
     loaded: Checkpoint, step: ReverseStep, plans: list[Plan], guidance: Guidance | None
 ) -> None:
-    x_0 = draw(step, plans, loaded.image_shape, **KEYS, guidance=guidance)
+    x_0 = draw(step, plans, loaded.image_shape, **KEYS, null_label=NULL, guidance=guidance)
     for row, (sampler, num_steps) in enumerate(ROWS):
         expected = sample(
             loaded.network,
@@ -53,6 +54,7 @@ def test_draw_equals_the_reference_loop_for_each_row(
             image_shape=loaded.image_shape,
             sampler=sampler,  # type: ignore[arg-type]
             num_steps=num_steps,
+            null_label=NULL,
             guidance=guidance,
             prediction=loaded.prediction,
         )
@@ -70,7 +72,7 @@ def test_finished_rows_are_skipped_and_guided_rows_are_evaluated_twice(
         stepped: Stepped = step(state, plans, rows)
         return stepped
 
-    draw(counted, plans, loaded.image_shape, **KEYS, guidance=GUIDANCE)
+    draw(counted, plans, loaded.image_shape, **KEYS, null_label=NULL, guidance=GUIDANCE)
     for k, (num_rows, num_evaluations) in enumerate(calls):
         timesteps = [plan.timesteps[k] for plan in plans if k < plan.num_steps]
         assert num_rows == len(timesteps)
@@ -111,9 +113,9 @@ def test_known_pixels_are_returned_exactly_and_the_others_are_generated(
 def test_rows_with_known_pixels_do_not_change_the_bits_of_other_rows(loaded: Checkpoint, step: ReverseStep) -> None:
     images, is_known = given_rows(loaded)
     plans = [make_plan(loaded.schedule, "ddpm", 6)] * 5
-    alone = draw(step, plans, loaded.image_shape, **KEYS, guidance=GUIDANCE)
+    alone = draw(step, plans, loaded.image_shape, **KEYS, null_label=NULL, guidance=GUIDANCE)
     start = Start(images, torch.zeros(5), torch.ones(5), is_known)
-    together = draw(step, plans, loaded.image_shape, **KEYS, guidance=GUIDANCE, start=start)
+    together = draw(step, plans, loaded.image_shape, **KEYS, null_label=NULL, guidance=GUIDANCE, start=start)
     assert torch.equal(alone[3:], together[3:])
     assert not torch.equal(alone[:3], together[:3])
 
@@ -180,3 +182,8 @@ def test_initial_state_is_contiguous_for_images_that_are_not(loaded: Checkpoint)
     state, *_ = begin([plan, plan], loaded.image_shape, seed=seed, index=seed, start=start)
     assert all(part.is_contiguous() for part in state)
     assert torch.equal(state.known, image)
+
+
+def test_guidance_without_a_null_label_is_an_error(loaded: Checkpoint, step: ReverseStep, plans: list[Plan]) -> None:
+    with pytest.raises(ValueError, match="null_label"):
+        draw(step, plans, loaded.image_shape, **KEYS, guidance=GUIDANCE)

@@ -58,7 +58,7 @@ LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
 def draw(denoiser: Any, schedule: Schedule, y: list[int], **options: Any) -> Tensor:
     """Returns samples (B, 16) for labels y, seed 11 and indices 0, 1, ..."""
     rows = len(y)
-    keys = {"seed": torch.full((rows,), 11), "index": torch.arange(rows), "image_shape": SHAPE}
+    keys = {"seed": torch.full((rows,), 11), "index": torch.arange(rows), "image_shape": SHAPE, "null_label": 10}
     return sample(denoiser, schedule, torch.tensor(y), **keys | options).flatten(1)
 
 

@@ -89,6 +89,7 @@ def test_images_equal_those_of_the_offline_process(loaded: Checkpoint, clip: Cli
         seed=torch.ones(3, dtype=torch.int64),
         index=index,
         y=torch.full_like(index, 3),
+        null_label=loaded.network.null_label,
         guidance=GUIDANCE,
     )
     expected = to_pixels(x_0).permute(0, 2, 3, 1).numpy()

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
+from model.checkpoint import CheckpointConfig
 from model.clip import Clip
 from model.clip_guidance import START, STOP
 from model.compiled.compiler import CompilerError
 from model.compiled.private_cache import default_cache
 from model.pixels import to_pixels
 from model.sampler import Guidance, sample
+from model.schedule import ScheduleConfig
 from model.step import ReverseStep, Step, Stepped
 from scripts.common import drawing
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, options_from
@@ -23,7 +25,7 @@ from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 from tests.model.tiny_checkpoint import tiny_checkpoint
 from tests.scripts.tiny_checkpoint import NUM_STEPS, save_tiny_checkpoint
-from tests.tiny import COMPILED
+from tests.tiny import COMPILED, tiny_unet
 
 GUIDANCE = Guidance(1.5, start=2, stop=8)
 
@@ -54,6 +56,7 @@ def test_batches_equal_the_unbatched_reverse_process(
         image_shape=(1, 28, 28),
         sampler=sampler,
         num_steps=4,
+        null_label=10,
         guidance=GUIDANCE,
     )
     error = (drawn - expected).abs().mean()
@@ -63,6 +66,33 @@ def test_batches_equal_the_unbatched_reverse_process(
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
+def test_guidance_leads_away_from_no_class_for_any_number_of_classes(tmp_path: Path) -> None:
+    """Label 10 means "no class" only in a network with ten classes."""
+    network, names = tiny_unet(image_size=28, num_classes=12, widths=(8, 8)), tuple("abcdefghijkl")
+    training, path = {"label_drop": 0.1}, tmp_path / "twelve.safetensors"
+    config = CheckpointConfig(network.config, ScheduleConfig(), class_names=names, training=training)
+    checkpoint.save(path, network, config)
+    loaded, y, guidance = checkpoint.load(path), torch.tensor([3, 10, 11]), Guidance(3.0)
+    with Reporter() as reporter:
+        drawn = Drawer(loaded).draw(y, y, DrawingOptions("ddim", 4, guidance), reporter, seed=6)
+    of_null_label = {
+        label: sample(
+            loaded.network,
+            loaded.schedule,
+            y,
+            seed=torch.full_like(y, 6),
+            index=y,
+            image_shape=loaded.image_shape,
+            sampler="ddim",
+            num_steps=4,
+            null_label=label,
+            guidance=guidance,
+        )
+        for label in (10, 12)
+    }
+    assert (drawn - of_null_label[12]).abs().mean() < 0.1 * (drawn - of_null_label[10]).abs().mean()
+
+
 def test_compiled_step_gives_nearly_the_same_images(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path, **COMPILED)
     y, options, images = torch.arange(9), DrawingOptions("ddim", 2, Guidance(1.5, start=20, stop=80)), []

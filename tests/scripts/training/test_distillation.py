@@ -88,6 +88,7 @@ def sample_paths(teacher: Path, guidance: Guidance, y: torch.Tensor) -> torch.Te
         image_shape=(1, 28, 28),
         sampler="dpmpp",
         timesteps=teacher_timesteps(SCHEDULE, DISTILLATION),
+        null_label=10,
         guidance=guidance,
         prediction=Prediction(PredictionConfig("v"), SCHEDULE),
         on_step=lambda t, x_t, _: seen.update({t: x_t}),
