@@ -123,6 +123,8 @@ def main() -> None:
     fonts = fonts_in(args.fonts)
     if not fonts:
         sys.exit(f"draw_letters: {args.fonts} has no fonts. Install them with: npm install --prefix {args.fonts}")
+    total = len(LETTERS) * (args.count + args.test_count)
+    print(f"drawing {total} pictures, which takes some minutes", flush=True)
     arrays = {"class_names": np.array(list(LETTERS))}
     for split, count in (("train", args.count), ("test", args.test_count)):
         labels = np.repeat(np.arange(len(LETTERS)), count)

@@ -148,6 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(args.count):
             draw(kind, choose).save(folder / f"{number:04d}.png")
+    print(f"wrote {args.folder}: {args.count} pictures of each of {len(KINDS)} kinds")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def stop_message(script: str, folder: Path) -> str:
         return f"{script}: stopped; run the same command again to resume from the last saved state"
     if any((folder / PATHS).glob("*.safetensors")):
         return f"{script}: stopped; run the same command again to resume with the paths that are complete"
-    return f"{script}: stopped before anything was saved; the same command starts from the beginning"
+    return f"{script}: stopped before a state was saved; the same command starts from the beginning"
 
 
 def earlier_data(facts: Mapping[str, Any]) -> list[Any]:

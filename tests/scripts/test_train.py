@@ -165,7 +165,7 @@ def test_run_stopped_while_compiling_ends_without_a_promise_to_resume(data_folde
     out = data_folder / "stopped-compile"
     stopped = stop_training(data_folder, out, "compile", "SIGINT")
     assert (
-        stopped.stderr.strip() == "train: stopped before anything was saved; the same command starts from the beginning"
+        stopped.stderr.strip() == "train: stopped before a state was saved; the same command starts from the beginning"
     )
     assert stopped.returncode == 130
     assert not list(out.iterdir())
@@ -174,8 +174,8 @@ def test_run_stopped_while_compiling_ends_without_a_promise_to_resume(data_folde
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        (None, "stopped before anything was saved; the same command starts from the beginning"),
-        ("model.safetensors", "stopped before anything was saved; the same command starts from the beginning"),
+        (None, "stopped before a state was saved; the same command starts from the beginning"),
+        ("model.safetensors", "stopped before a state was saved; the same command starts from the beginning"),
         ("paths/0000000.safetensors", "stopped; run the same command again to resume with the paths that are complete"),
         ("state.pt", "stopped; run the same command again to resume from the last saved state"),
     ],
