@@ -392,8 +392,11 @@ def cells_in(document: str) -> list[list[str]]:
 
 def rows_for_classes(*columns: dict[str, str]) -> list[list[str]]:
     """Returns the rows of a table with these columns, for classes that are not digits."""
-    renamed = {"worst digit": "worst class", "ratio to real digits": "ratio to real images"}
-    return [[renamed.get(name, name), *(column[name] for column in columns)] for name in columns[0]]
+
+    def renamed(name: str) -> str:
+        return name.replace("worst digit", "worst class").replace("real digits", "real images")
+
+    return [[renamed(name), *(column[name] for column in columns)] for name in columns[0]]
 
 
 def test_table_of_cifar10_matches_its_evaluation() -> None:
@@ -410,8 +413,10 @@ def test_table_of_cifar10_matches_its_evaluation() -> None:
 
 
 def test_table_of_letters_matches_its_evaluations_and_the_shipped_checkpoint() -> None:
-    evaluations = [read_evaluation(RESULTS / f"letters/{name}.json") for name in ("ddpm", "dpmpp")]
-    rows = rows_for_classes(*map(as_column, evaluations), as_column(evaluations[0], real=True))
+    evaluations = [read_evaluation(RESULTS / f"letters/{name}.json") for name in ("dpmpp", "ddpm")]
+    columns = [as_column(evaluation, real=real) for evaluation in evaluations for real in (False, True)]
+    rows = [["letters", *(f"{evaluation['num_images']:,}" for evaluation in evaluations for _ in range(2))]]
+    rows += rows_for_classes(*columns)
     assert [row for row in rows if row not in cells_in("letters.md")] == []
     loaded = load(SHIPPED_LETTERS)
     assert loaded.config.training["evaluation"] == evaluations
@@ -419,3 +424,7 @@ def test_table_of_letters_matches_its_evaluations_and_the_shipped_checkpoint() -
         sampler, guidance = evaluation["options"]["sampler"], evaluation["options"]["guidance"]
         assert evaluation["weights_sha256"] == loaded.weights_sha256
         assert guidance == asdict(loaded.config.guidance_of(sampler))
+    letters = evaluations[0]
+    assert (letters["num_images"], letters["judge"]["accuracy"] >= 0.98) == (9_984, True)
+    assert min(letters["judge"]["per_class"]) >= 0.94
+    assert letters["frechet_ratio"] <= 2

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from model.spec import SHIPPED_LETTERS
+from scripts import sample
 from tests.docs.markdown import ROOT
 from tests.e2e.conftest import start_service
 from tests.e2e.service import PNG, Service, open_png, pngs
@@ -54,6 +55,16 @@ def test_letters_are_most_similar_to_drawn_letters_of_their_class(letters: Servi
     similarity = np.einsum("nd,lkd->nlk", normal(images), drawn).max(axis=2)  # (N, 26), to the nearest drawn letter
     recognised = similarity.argmax(axis=1) == np.arange(52) % 26
     assert recognised.mean() >= 0.6  # 77% of 104 images; other classes would have 4%
+
+
+def test_guided_word_is_generated_again_by_the_script_with_the_same_bytes(letters: Service, tmp_path: Path) -> None:
+    body = {"model": "letters", "labels": list("FOG"), "seed": 5, "num_steps": 10, "sampler": "dpmpp"}
+    data = letters.post(body, PNG).content
+    assert open_png(data)[1]["Guidance-Scale"] != "1"
+    (tmp_path / "word.png").write_bytes(data)
+    again = tmp_path / "again.png"
+    sample.main([f"--like={tmp_path / 'word.png'}", "--compile=off", f"--out={again}"])
+    assert again.read_bytes() == data
 
 
 def test_letter_that_is_drawn_on_a_picture_is_recognised(letters: Service) -> None:
