@@ -414,16 +414,22 @@ def test_table_of_cifar10_matches_its_evaluation() -> None:
 
 def test_table_of_letters_matches_its_evaluations_and_the_shipped_checkpoint() -> None:
     evaluations = [read_evaluation(RESULTS / f"letters/{name}.json") for name in ("dpmpp", "ddpm")]
-    columns = [as_column(evaluation, real=real) for evaluation in evaluations for real in (False, True)]
-    rows = [["letters", *(f"{evaluation['num_images']:,}" for evaluation in evaluations for _ in range(2))]]
-    rows += rows_for_classes(*columns)
-    assert [row for row in rows if row not in cells_in("letters.md")] == []
+    rows = []
+    for evaluation, setting in zip(evaluations, ("`dpmpp`, 10 steps", "`ddpm`, 100 steps"), strict=True):
+        rows.append([f"{evaluation['num_images']:,} letters", setting, "real letters"])
+        rows += rows_for_classes(as_column(evaluation), as_column(evaluation, real=True))
+    assert [row for row in cells_in("letters.md") if len(row) == 3 and row[0] and set(row[0]) != {"-"}] == rows
+    real = [evaluations[0][name]["accuracy"] for name in ("real_judge", "real_extractor")]
+    document = (DOCS / "letters.md").read_text("utf-8")
+    assert "the judge recognises {:.2%} and the extractor {:.2%}".format(*real) in document
     loaded = load(SHIPPED_LETTERS)
     assert loaded.config.training["evaluation"] == evaluations
     for evaluation in evaluations:
         sampler, guidance = evaluation["options"]["sampler"], evaluation["options"]["guidance"]
         assert evaluation["weights_sha256"] == loaded.weights_sha256
         assert guidance == asdict(loaded.config.guidance_of(sampler))
+        stated = f"scale {guidance['scale']:g} at t = {guidance['start']} to {guidance['stop']} for `{sampler}`"
+        assert stated in document
     letters = evaluations[0]
     assert (letters["num_images"], letters["judge"]["accuracy"] >= 0.98) == (9_984, True)
     assert min(letters["judge"]["per_class"]) >= 0.94

@@ -395,3 +395,10 @@ def test_error_of_a_noisy_image_is_that_of_the_posterior_mean_of_the_image() -> 
     of_known, of_x_t = plan.table(torch.device("cpu"))[0, 5:].double()
     gamma = variance_t - variance
     torch.testing.assert_close(gamma / variance_t * (of_known * u + of_x_t * x_t - x_0), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_guidance_without_a_null_label_is_an_error() -> None:
+    seed = torch.zeros(1, dtype=torch.int64)
+    keys = {"seed": seed, "index": seed, "image_shape": SHAPE, "guidance": Guidance(2.0)}
+    with pytest.raises(ValueError, match="null_label"):
+        sample(lambda x_t, t, y: x_t, COSINE, seed, **keys)  # type: ignore[arg-type]

@@ -65,7 +65,6 @@ def test_batches_equal_the_unbatched_reverse_process(
     assert (drawn - expected.flip(0)).abs().mean() > 0.2
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
 def test_guidance_leads_away_from_no_class_for_any_number_of_classes(tmp_path: Path) -> None:
     """Label 10 means "no class" only in a network with ten classes."""
     network, names = tiny_unet(image_size=28, num_classes=12, widths=(8, 8)), tuple("abcdefghijkl")
@@ -93,6 +92,7 @@ def test_guidance_leads_away_from_no_class_for_any_number_of_classes(tmp_path: P
     assert (drawn - of_null_label[12]).abs().mean() < 0.1 * (drawn - of_null_label[10]).abs().mean()
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
 def test_compiled_step_gives_nearly_the_same_images(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path, **COMPILED)
     y, options, images = torch.arange(9), DrawingOptions("ddim", 2, Guidance(1.5, start=20, stop=80)), []
