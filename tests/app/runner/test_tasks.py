@@ -101,6 +101,7 @@ def test_row_with_an_input_equals_the_offline_process(
             seed=torch.tensor([options.seed]),
             index=torch.tensor([index]),
             y=torch.tensor([options.label]),
+            null_label=loaded.network.null_label,
             guidance=Guidance(options.guidance_scale, GUIDANCE.start, GUIDANCE.stop),
             start=Start(image, torch.tensor([given.signal]), torch.tensor([given.noise]), is_known),
         )  # (1, C, H, W)
