@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 COSINE_OFFSET = 0.008  # the offset s of Nichol & Dhariwal 2021, eq. 17
 MAX_BETA = 0.999  # limit of beta, section 3.2 of the same paper; avoids a division by zero at the last step
 MIN_ALPHA_BAR = 1e-70  # far below it, the square root is 0 in float32, and samplers divide by it
-MIN_HALF_LOG_SNR = -5.1  # DPM-Solver++ on a cosine schedule diverges if it starts below this value
+# The first step of DPM-Solver++ goes from T to this half of the log-SNR if T is far below it: a cosine schedule has
+# -7.6 at T = 100. A step of second order from there would make the solver diverge.
+FIRST_HALF_LOG_SNR = -3.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +89,19 @@ class Schedule:
     def log_snr_timesteps(self, num_steps: int, start: int | None = None) -> list[int]:
         """Returns num_steps + 1 decreasing timesteps that end with 0 and are evenly spaced in log-SNR.
 
-        They begin at `start` (default: T), or at the highest timestep from which DPM-Solver++ does not diverge. This is
-        the spacing of DPM-Solver (Lu 2022, section 3.3), rounded to integer timesteps. Near t = 0 several grid points
-        have the same nearest timestep. Such timesteps are moved by the smallest amount that makes all distinct. Raises
-        ValueError if num_steps is not in 1..start.
+        They begin at `start` (default: T). This is the spacing of DPM-Solver (Lu 2022, section 3.3), rounded to integer
+        timesteps. A longer first step goes to FIRST_HALF_LOG_SNR. The path does not start there, because x_t would have
+        to be pure noise, but already has a little of the mean image, so that all images would get too bright. Near
+        t = 0 several grid points have the same nearest timestep. Such timesteps are moved by the smallest amount that
+        makes all distinct. Raises ValueError if num_steps is not in 1..start.
         """
         highest = self._check(num_steps, start)
         half_log_snr = self.half_log_snr[1 : highest + 1]  # (start,) t = 1..start
-        first, last = max(half_log_snr[-1].item(), MIN_HALF_LOG_SNR), half_log_snr[0].item()
-        grid = [first + (last - first) * k / max(num_steps - 1, 1) for k in range(num_steps)]
+        first, last = half_log_snr[-1].item(), half_log_snr[0].item()
+        grid, even = [], num_steps  # the number of points that are evenly spaced
+        if num_steps > 2 and FIRST_HALF_LOG_SNR - first > (last - FIRST_HALF_LOG_SNR) / (num_steps - 2):
+            grid, even, first = [first], num_steps - 1, FIRST_HALF_LOG_SNR
+        grid += [first + (last - first) * k / max(even - 1, 1) for k in range(even)]
         distances = (half_log_snr.new_tensor(grid)[:, None] - half_log_snr).abs()  # (num_steps, start)
         nearest = distances.argmin(dim=1) + 1  # (num_steps,)
         timesteps: list[int] = []

@@ -67,6 +67,20 @@ def noise(row: int, step: int) -> Tensor:
     return normal(torch.tensor([11]), torch.tensor([row]), torch.tensor([step]), SHAPE).double().flatten()
 
 
+class OneGrey:
+    """The optimal denoiser for images whose pixels all have the same value, from N(mean, std^2)."""
+
+    def __init__(self, mean: float, std: float, schedule: Schedule) -> None:
+        self.mean, self.variance, self.alpha_bar = mean, std**2, schedule.alpha_bar.float()
+
+    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        alpha_bar_t = self.alpha_bar[t][:, None, None, None]
+        seen = x_t.mean(dim=(1, 2, 3), keepdim=True) / alpha_bar_t.sqrt()  # the value, with noise
+        variance = (1 - alpha_bar_t) / alpha_bar_t / x_t[0].numel()
+        x_0 = (self.variance * seen + variance * self.mean) / (self.variance + variance)
+        return (x_t - alpha_bar_t.sqrt() * x_0) / (1 - alpha_bar_t).sqrt()
+
+
 class Gaussian:
     """The optimal denoiser for data from N(0, std^2). Its probability flow ODE has a closed-form solution."""
 
@@ -182,6 +196,14 @@ def test_dpmpp_equals_algorithm_2_of_the_paper(points: Tensor, schedule: Schedul
                 D = (1 + 1 / (2 * r)) * history[-1] - 1 / (2 * r) * history[-2]
             x = sigma[t] / sigma[s] * x - alpha[t] * (math.exp(-h) - 1) * D
         torch.testing.assert_close(samples[row].double(), x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [6, 10, 20, 50])
+def test_dpmpp_generates_images_as_bright_as_the_data(num_steps: int) -> None:
+    """At T the mean image has nearly disappeared in the noise. A path that began below T would have to ignore it."""
+    of_grey = OneGrey(-0.6, 0.12, COSINE)
+    images = draw(of_grey, COSINE, [0] * 1_000, sampler="dpmpp", num_steps=num_steps, image_shape=(1, 28, 28))
+    assert abs(images.mean() + 0.6) < 0.02  # the standard error is 0.004
 
 
 def test_dpmpp_follows_the_probability_flow_more_closely_than_ddim() -> None:

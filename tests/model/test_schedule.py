@@ -102,24 +102,47 @@ def test_even_timesteps_start_at_T_and_are_rounded_from_an_even_grid(config: Sch
 
 
 @BOTH
-def test_log_snr_timesteps_are_nearest_to_an_even_grid(config: ScheduleConfig) -> None:
+def test_log_snr_timesteps_are_nearest_to_an_even_grid_after_a_longer_first_step(config: ScheduleConfig) -> None:
     half_log_snr = Schedule(config).half_log_snr.tolist()
-    start = max(half_log_snr[100], -5.1)
-    for num_steps in (1, 2, 5, 9, 18):
+    for num_steps in (2, 3, 5, 9, 18):
         *timesteps, _ = Schedule(config).log_snr_timesteps(num_steps)
+        first_of_grid = half_log_snr[100]
+        # The grid begins at -3.5 if the first step is then longer than the others.
+        if num_steps > 2 and -3.5 - first_of_grid > (half_log_snr[1] + 3.5) / (num_steps - 2):
+            assert timesteps.pop(0) == 100
+            first_of_grid = -3.5
         for i, t in enumerate(timesteps):
-            target = start + (half_log_snr[1] - start) * (i / (num_steps - 1) if i else 0)
+            share = i / (len(timesteps) - 1) if i else 0
+            target = first_of_grid + (half_log_snr[1] - first_of_grid) * share
             nearest = min(range(1, 101), key=lambda s: abs(half_log_snr[s] - target))
             # Near t = 0 several grid points have the same nearest timestep. Such timesteps are moved to be distinct.
-            assert t == max(nearest, num_steps - i) or (nearest >= timesteps[i - 1] and t == timesteps[i - 1] - 1)
+            lowest = len(timesteps) - i
+            assert t == max(nearest, lowest) or (nearest >= timesteps[i - 1] and t == timesteps[i - 1] - 1)
 
 
-def test_log_snr_timesteps_start_at_the_minimum_log_snr() -> None:
+@pytest.mark.parametrize(
+    ("num_steps", "start", "expected"),
+    [
+        (10, 100, [100, 98, 95, 88, 73, 47, 22, 9, 3, 1, 0]),
+        (3, 100, [100, 91, 1, 0]),
+        (10, 99, [99, 98, 94, 87, 70, 43, 20, 8, 3, 1, 0]),
+    ],
+)
+def test_no_step_of_a_cosine_path_follows_a_much_shorter_one(num_steps: int, start: int, expected: list[int]) -> None:
+    """A step of second order uses the step before it, so it is inaccurate if that one is much shorter."""
     schedule = Schedule(COSINE)
-    first = schedule.log_snr_timesteps(10)[0]
-    assert schedule.half_log_snr[100] < -5.1
-    assert first < 100
-    assert abs(schedule.half_log_snr[first] + 5.1) <= abs(schedule.half_log_snr[first - 1] + 5.1)
+    path = schedule.log_snr_timesteps(num_steps, start)
+    assert path == expected
+    half_log_snr = schedule.half_log_snr.tolist()
+    lengths = [half_log_snr[t_prev] - half_log_snr[t] for t, t_prev in pairwise(path[:-1])]
+    assert max(after / before for before, after in pairwise(lengths)) < 2
+
+
+@BOTH
+@pytest.mark.parametrize("start", [100, 99, 60, 5])
+def test_log_snr_timesteps_begin_at_the_start(config: ScheduleConfig, start: int) -> None:
+    for num_steps in (1, 2, 5):
+        assert Schedule(config).log_snr_timesteps(num_steps, start)[0] == start
 
 
 def test_all_timesteps_are_visited_with_T_steps() -> None:
