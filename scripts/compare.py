@@ -25,7 +25,7 @@ from scripts.common.arguments import (
     num_images,
 )
 from scripts.common.drawing import DrawingRequest, check_guidable, check_options
-from scripts.common.errors import reports_errors
+from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter, require_installed
 from scripts.evaluation.comparison import (
@@ -38,7 +38,7 @@ from scripts.evaluation.comparison import (
     compare_runs,
     compare_steps,
 )
-from scripts.evaluation.samples import FEWEST_OF_EACH, MOST_IMAGES, SPLITS
+from scripts.evaluation.samples import FEWEST_OF_EACH, MOST_IMAGES, SPLITS, most_images
 from scripts.evaluation.spaces import DIGITS_NEED
 
 SEED = 1  # differs from the seed of the published figures, so that settings are not chosen on the same noise
@@ -75,7 +75,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _check_sweep(args: argparse.Namespace) -> None:
-    """Raises CheckpointError or ScriptError if the checkpoint does not permit the options."""
+    """Raises CheckpointError or ScriptError if the split or the checkpoint does not permit the options."""
+    if args.num_images > (most := most_images(args.split)):
+        raise ScriptError(f"--num-images must be at most {most} with --split {args.split}")
     config = read_config(args.checkpoint)
     if args.command == "steps":
         choose_steps(config, args.samplers, args.steps)

@@ -65,8 +65,10 @@ from scripts.evaluation.samples import (
     FEWEST_OF_EACH,
     HELD_OUT_SPLITS,
     MOST_IMAGES,
+    MOST_PICTURES,
     NUM_IMAGES,
     SPLITS,
+    most_images,
     samples_of_checkpoint,
     samples_of_folder,
 )
@@ -111,6 +113,8 @@ RECOGNIZE_HELP = (
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and runs the subcommand."""
     args = build_parser().parse_args(argv)
+    if args.command == "digits":
+        _limit_images(args)
     _check_options(args)
     require_installed(*PACKAGES[args.command], extra="evaluate")
     if args.num_threads:
@@ -137,6 +141,18 @@ def main(argv: list[str] | None = None) -> None:
                 evaluate_synthetic(args.folder, args.out, reporter, epochs=args.epochs, seed=args.seed, **data)
             case _:
                 _evaluate_task(args, reporter, data)
+
+
+def _limit_images(args: argparse.Namespace) -> None:
+    """Sets the default number of images for the split `training`. Raises ScriptError if there are too many for a split.
+
+    A folder with images has a default of its own.
+    """
+    most = most_images(args.split)
+    if (args.num_images or 0) > most:
+        raise ScriptError(f"--num-images must be at most {most} with --split {args.split}")
+    if most < NUM_IMAGES and not args.images:
+        args.num_images = args.num_images or most
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -294,8 +310,9 @@ def _add_digits(digits: argparse.ArgumentParser) -> None:
     digits.add_argument(
         "--num-images",
         type=num_images(lowest, MOST_IMAGES),
-        help=f"number of images, a multiple of 10, at least {lowest}; the Fréchet distance needs at least "
-        f"{FEWEST_IMAGES:,}; default: {NUM_IMAGES}, or all in --images up to this number",
+        help=f"number of images, a multiple of 10 from {lowest} to {MOST_IMAGES}, or to {most_images('training')} with "
+        f"--split training; the Fréchet distance needs at least {FEWEST_IMAGES:,}; default: the largest number, or all "
+        "in --images up to it",
     )
     add_drawing_arguments(digits, seed=0)
 
@@ -309,7 +326,7 @@ def _add_pictures(pictures: argparse.ArgumentParser) -> None:
     )
     pictures.add_argument(
         "--num-images",
-        type=integer(1, MOST_IMAGES),
+        type=integer(1, MOST_PICTURES),
         help="number of images; reduced so that all classes have the same number, which is at most the number of "
         f"training images of the smallest class; default: {NUM_IMAGES}",
     )

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     with Reporter(
         lambda: "train_classifiers: stopped; the same command starts from the beginning", stop=stops_soon
     ) as reporter:
-        data = load_data(args.data, reporter, args.image_size) if args.data else all_of_mnist(args.data_dir)
+        data = load_data(args.data, reporter, args.image_size) if args.data else all_of_mnist(args.kind, args.data_dir)
         given = {"epochs": args.epochs, "seed": args.seed, "width": args.width, "flip": args.flip or None}
         train_and_save(args.kind, path, data, reporter, recipe_for(args.kind, data, **given))
 

@@ -1,6 +1,7 @@
 """Trains the small CLIP model that evaluates and guides generated digits: `python -m scripts.train_clip`.
 
-Without --out, overwrites the tracked weights in model/weights/clip, which the service and the scripts use.
+Without --out, overwrites the tracked weights in model/weights/clip, which the service and the scripts use, or with
+--for-features those in scripts/evaluation/weights/clip, which measure distances.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from scripts.common.errors import reports_errors
 from scripts.common.mnist import load_mnist
 from scripts.common.progress import Reporter
 from scripts.common.stopping import stops_soon
+from scripts.evaluation.classifiers import CLIP_FOR_FEATURES
 from scripts.evaluation.clip_training import EPOCHS, train_and_save_clip
 
 
@@ -29,8 +31,11 @@ def main(argv: list[str] | None = None) -> None:
     with Reporter(
         lambda: "train_clip: stopped; the same command starts from the beginning", stop=stops_soon
     ) as reporter:
-        train_and_save_clip(args.out, args.data_dir, reporter, epochs=args.epochs, seed=args.seed)
-        save_real_digits(args.out, args.data_dir)
+        folder = args.out or (CLIP_FOR_FEATURES if args.for_features else EMBEDDED)
+        options = {"epochs": args.epochs, "seed": args.seed, "for_features": args.for_features}
+        train_and_save_clip(folder, args.data_dir, reporter, **options)
+        if not args.for_features:
+            save_real_digits(folder, args.data_dir)
 
 
 def save_real_digits(folder: Path, data_dir: Path) -> None:
@@ -50,8 +55,13 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--out",
         type=_folder,
-        default=EMBEDDED,
-        help="folder to write; default: model/weights/clip, which is tracked and gets overwritten",
+        help="folder to write; default: model/weights/clip, or scripts/evaluation/weights/clip with --for-features, "
+        "which are tracked and get overwritten",
+    )
+    parser.add_argument(
+        "--for-features",
+        action="store_true",
+        help="leave out 1,000 training digits of each class, with which distances are measured",
     )
     parser.add_argument("--epochs", type=integer(1), default=EPOCHS, help=f"number of epochs; default: {EPOCHS}")
     parser.add_argument(

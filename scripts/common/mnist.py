@@ -16,7 +16,10 @@ from scripts.common.errors import ScriptError
 
 NUM_VALIDATION = 5_000
 NUM_CLASSES = 10
+UNLEARNED_OF_EACH = 1_000  # training digits of each class that extractor and CLIP do not learn
+UNLEARNED_SEED = 0
 TRAINING_DATA = f"MNIST, training split less the last {NUM_VALIDATION} images"  # describes the training data
+DATA_OF_FEATURES = f"{TRAINING_DATA}, and less {UNLEARNED_OF_EACH} images of each digit"
 # MD5 checksums of the original files after decompression.
 CHECKSUMS = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -49,6 +52,20 @@ def split_validation(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tens
     """Splits the training images into (training, validation). The last 5,000 images are for validation."""
     learn, validate = slice(None, -NUM_VALIDATION), slice(-NUM_VALIDATION, None)
     return (images[learn], labels[learn]), (images[validate], labels[validate])
+
+
+def split_unlearned(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Splits the digits of `split_validation` into those that extractor and CLIP learn, and 10,000 others.
+
+    A network that has learned one of two sets of digits sees them further apart than they are, so distances between
+    real digits are measured with digits that it has not learned. These are a random choice of all writers, 1,000 of
+    each class.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(UNLEARNED_SEED))
+    rows = [order[labels[order] == label] for label in range(NUM_CLASSES)]
+    unlearned = torch.cat([of_class[:UNLEARNED_OF_EACH] for of_class in rows]).sort().values
+    learned = torch.cat([of_class[UNLEARNED_OF_EACH:] for of_class in rows]).sort().values
+    return (images[learned], labels[learned]), (images[unlearned], labels[unlearned])
 
 
 def _find_folder(data_dir: Path) -> Path | None:

@@ -18,7 +18,7 @@ from model.precision import fast_dtype
 from model.schedule import Schedule, ScheduleConfig
 from scripts.common.data.data_set import DataSet, ImageSet
 from scripts.common.errors import ScriptError
-from scripts.common.mnist import TRAINING_DATA, load_mnist, mnist_data
+from scripts.common.mnist import DATA_OF_FEATURES, TRAINING_DATA, load_mnist, mnist_data, split_unlearned
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import KINDS, Classifier, Shape, accuracy, save_classifier
 
@@ -29,10 +29,11 @@ BATCH_SIZE = 256
 SHIFT_PART = 16  # images in colour are shifted by at most this part of their width
 MAX_EMA_DECAY = 0.998  # averages over about two epochs
 
-# The extractor is trained on unchanged images, since its features must also measure slant, size and position.
+# The extractor is trained on unchanged images, since its features must also measure slant, size and position. It leaves
+# out the digits of `split_unlearned`, with which distances between real digits are measured.
 RECIPES = {
     "judge": {"augmented": True, "epochs": 30, "seed": 0},
-    "extractor": {"augmented": False, "epochs": 20, "seed": 1},
+    "extractor": {"augmented": False, "epochs": 20, "seed": 1, "without_unlearned": True},
     "fog_judge": {"augmented": True, "fogged": True, "epochs": 20, "seed": 2},
 }
 # For data other than MNIST: epochs are chosen so that training uses about IMAGES_TO_SEE images, and the batch size so
@@ -42,15 +43,19 @@ NUM_BATCHES, SMALLEST_BATCH = 50, 16
 FEWEST_IMAGES = 2  # batch norm needs two
 
 
-def all_of_mnist(data_dir: Path) -> DataSet:
-    """Returns MNIST with its test split. Raises the errors of `load_mnist`."""
-    return replace(mnist_data(data_dir), test=ImageSet(*load_mnist("test", data_dir)))
+def all_of_mnist(kind: str, data_dir: Path) -> DataSet:
+    """Returns MNIST for a kind of classifier, with its test split. Raises the errors of `load_mnist`."""
+    data = replace(mnist_data(data_dir), test=ImageSet(*load_mnist("test", data_dir)))
+    if not RECIPES[kind].get("without_unlearned"):
+        return data
+    learn, _ = split_unlearned(data.learn.images, data.learn.labels)
+    return replace(data, learn=ImageSet(*learn), known_as=DATA_OF_FEATURES)
 
 
 def recipe_for(kind: str, data: DataSet, **overrides: int | bool | None) -> dict[str, Any]:
     """Returns the recipe of RECIPES, with epochs and batch size chosen for the data unless it is MNIST."""
     recipe = dict(RECIPES[kind])
-    if data.known_as != TRAINING_DATA:
+    if data.known_as not in (TRAINING_DATA, DATA_OF_FEATURES):
         num_images = len(data.learn)
         batch = BATCH_SIZE
         while batch > SMALLEST_BATCH and batch * NUM_BATCHES > num_images:

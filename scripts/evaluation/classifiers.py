@@ -26,6 +26,7 @@ from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES
 
 WEIGHTS = Path(__file__).parent / "weights"
+CLIP_FOR_FEATURES = WEIGHTS / "clip"  # in open_clip's format; of scripts.train_clip --for-features
 METADATA_KEY = "unfog_classifier"
 BATCH_SIZE = 500
 PATCH = 2  # pixels of a side of the patches that the judge for colour images whitens

@@ -18,7 +18,7 @@ from model.files import write_atomically, write_json
 from model.precision import fast_dtype
 from model.schedule import Schedule, ScheduleConfig
 from scripts.common.data.data_set import ImageSet
-from scripts.common.mnist import load_mnist, split_validation
+from scripts.common.mnist import DATA_OF_FEATURES, TRAINING_DATA, load_mnist, split_unlearned, split_validation
 from scripts.common.progress import Reporter, require
 from scripts.evaluation.captions import CAPTIONS, Scene, make_scene, truth
 from scripts.evaluation.classifier_training import Batches, fit
@@ -44,8 +44,12 @@ EPOCHS = 20
 MAX_LR, WEIGHT_DECAY = 1.5e-3, 0.05
 
 
-def train_and_save_clip(folder: Path, data_dir: Path, reporter: Reporter, *, epochs: int, seed: int) -> None:
+def train_and_save_clip(
+    folder: Path, data_dir: Path, reporter: Reporter, *, epochs: int, seed: int, for_features: bool
+) -> None:
     """Trains a CLIP model on MNIST's training split, saves it, and evaluates the saved model on real digits.
+
+    With `for_features`, it does not learn the digits with which distances are measured.
 
     Raises ScriptError if the data cannot be read.
     """
@@ -54,10 +58,12 @@ def train_and_save_clip(folder: Path, data_dir: Path, reporter: Reporter, *, epo
     folder.mkdir(parents=True, exist_ok=True)
     train, test = (load_mnist(split, data_dir) for split in ("train", "test"))
     learn, choose = split_validation(*train)
+    if for_features:
+        learn, _ = split_unlearned(*learn)
     model = open_clip.CLIP(**MODEL)
     tokens = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])(CAPTIONS)
     train_clip(model, tokens, ImageSet(*learn), reporter, epochs=epochs, seed=seed)
-    data = f"MNIST, training split less the last {len(choose[0])} images"
+    data = DATA_OF_FEATURES if for_features else TRAINING_DATA
     facts: dict[str, Any] = {"data": data, "epochs": epochs, "seed": seed}
     save_clip(folder, model, tokens, facts)
     scorer = ClipScorer(str(folder))

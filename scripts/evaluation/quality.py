@@ -129,7 +129,7 @@ class Evaluator:
             balanced(ImageSet(values, all_held_out.labels), num_classes * fewest, num_classes)
             for values in (all_held_out.images, all_features, all_judged)
         )
-        real = balanced(references.learned, num_images, num_classes)
+        real = balanced(references.real, num_images, num_classes)
         real_features = self._features(real.images)  # (N, F)
         noise = torch.randn(real.images.shape, generator=torch.Generator().manual_seed(0))
         self.real_frechet = self._frechet(real_features, self._held_out.images)
@@ -150,7 +150,7 @@ class Evaluator:
             task.advance(1)
             manifold = self._manifold(features, drawn.labels)
             task.advance(1)
-            nearest = nearest_learned(drawn.images, self.references.all_learned.images, flip=self._flip)
+            nearest = nearest_learned(drawn.images, self.references.learned.images, flip=self._flip)
             task.advance(1)
             in_spaces = {}
             for held_out in self._held_out_in:
@@ -335,4 +335,4 @@ def evaluate_samples(
         write_atomically(out / "evaluation.md", f"{table}\n".encode())
         save_figure(show_confusion(quality.judge, names), out / "confusion.png", grey=False)
         is_grey = drawn.images.shape[1] == 1
-        save_figure(show_nearest(drawn, nearest, references.all_learned.images), out / "nearest.png", grey=is_grey)
+        save_figure(show_nearest(drawn, nearest, references.learned.images), out / "nearest.png", grey=is_grey)

@@ -18,14 +18,14 @@ from model.spec import DIGITS
 from scripts.common.data.data_set import DataSet, ImageSet
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError
-from scripts.common.mnist import NUM_CLASSES, load_mnist, split_validation
+from scripts.common.mnist import NUM_CLASSES, UNLEARNED_OF_EACH, load_mnist, split_unlearned, split_validation
 from scripts.common.progress import Reporter
 from scripts.evaluation.dataset_files import IDX
 from scripts.evaluation.parquet import find_parquet, read_parquet
 
 FEWEST_OF_EACH = 10  # images of each digit; precision, recall and coverage need several neighbours
-MOST_IMAGES = 49_000  # images are compared with the same number of training digits, equally many of each digit
-NUM_COMPARED = 20_000  # training digits that replace the held-out digits for the split `training`
+MOST_PICTURES = 49_000  # of own data in an evaluation
+MOST_IMAGES = NUM_CLASSES * UNLEARNED_OF_EACH  # images are compared with the same number of real digits
 HELD_OUT_SPLITS = ("test", "validation")
 SPLITS = (*HELD_OUT_SPLITS, "training")
 HELD_OUT = "held-out"  # name of the split in evaluations of your own data
@@ -40,10 +40,10 @@ NAMED = re.compile(r"digit-(\d)-")  # file names in ZIP answers of the service a
 class References:
     """The real images of an evaluation."""
 
-    learned: ImageSet  # training images, which give the metrics of real images
+    real: ImageSet  # training images, which give the metrics of real images
     held_out: ImageSet  # the images to compare with
     name: str  # split of the held-out images
-    all_learned: ImageSet  # all training images; differs from `learned` only for the split `training`
+    learned: ImageSet  # all training images that are not held out, of which copies are counted
     class_names: tuple[str, ...] = DIGITS
 
 
@@ -175,26 +175,43 @@ def _read_pngs(folder: Path) -> ImageSet:
     return ImageSet(torch.from_numpy(np.stack(images))[:, None], torch.tensor(labels))
 
 
-def load_references(split: str, data_dir: Path) -> References:
-    """Loads the training digits (MNIST's training file without its last 5,000 images) and the digits of a split.
+def most_images(split: str) -> int:
+    """Returns the largest number of images that can be compared with a split."""
+    return MOST_IMAGES // 2 if split == "training" else MOST_IMAGES
 
-    `validation` is the last 5,000 images, which are by few writers. `training` is 20,000 of the training digits, which
-    are by all writers. `test` is for published figures and must not be used to choose settings. All sets are shuffled
-    with a fixed seed, since the files are ordered by writer.
+
+def load_references(split: str, data_dir: Path) -> References:
+    """Loads the digits of a split, and training digits (MNIST's training file without its last 5,000 images).
+
+    The real digits are those of `split_unlearned`, which extractor and CLIP have not learned. `validation` is
+    the last 5,000 images, which are by few writers. `training` is half of the real digits, which are by all writers,
+    and compares with the other half. `test` is for published figures and must not be used to choose settings. All sets
+    are shuffled with a fixed seed, since the files are ordered by writer.
     """
     train, validation = split_validation(*load_mnist("train", data_dir))
-    learned = _shuffled(*train)
+    learned, unlearned = (_shuffled(*each) for each in split_unlearned(*train))
     if split == "training":
-        of_all, rest = (learned.rows(rows) for rows in (slice(NUM_COMPARED), slice(NUM_COMPARED, None)))
-        return References(rest, of_all, split, learned)
+        real, held_out = _halves(unlearned)
+        return References(real, held_out, split, _together(learned, real))
     held_out = _shuffled(*(validation if split == "validation" else load_mnist("test", data_dir)))
-    return References(learned, held_out, split, learned)
+    return References(unlearned, held_out, split, _together(learned, unlearned))
 
 
 def references_of(data: DataSet) -> References:
     """Returns the training images of the data, and its test images as those to compare with, shuffled."""
     learned, held_out = (_shuffled(each.images, each.labels) for each in (data.learn, data.test))
     return References(learned, held_out, HELD_OUT, learned, data.class_names)
+
+
+def _halves(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Returns two halves with the same number of images of each class."""
+    ordered = balanced(images, len(images))
+    half = len(ordered) // (2 * NUM_CLASSES) * NUM_CLASSES
+    return ordered.rows(slice(half)), ordered.rows(slice(half, None))
+
+
+def _together(first: ImageSet, second: ImageSet) -> ImageSet:
+    return ImageSet(torch.cat([first.images, second.images]), torch.cat([first.labels, second.labels]))
 
 
 def _shuffled(images: Tensor, labels: Tensor) -> ImageSet:

@@ -16,7 +16,7 @@ from model.clip import Clip
 from model.pixels import from_pixels
 from scripts.common.drawing import load_clip
 from scripts.common.progress import Reporter, require
-from scripts.evaluation.classifiers import Trained, features_of
+from scripts.evaluation.classifiers import CLIP_FOR_FEATURES, Trained, features_of
 from scripts.evaluation.tables import SPACES, too_few_images
 
 BATCH_SIZE = 50  # the activations of this number of images stay in the caches, which is twice as fast as 250
@@ -43,8 +43,11 @@ def space_of_classifier(name: str, trained: Trained) -> Space:
 
 
 def space_of_clip() -> Space:
-    """The embeddings of the image tower of the shipped CLIP model. It has learned captions of digits."""
-    clip = load_clip()
+    """The embeddings of the image tower of a CLIP model. It has learned captions of digits.
+
+    It is not the model of the service, because it has not learned the digits with which distances are measured.
+    """
+    clip = load_clip(str(CLIP_FOR_FEATURES))
     return Space("clip", clip.sha256, partial(_embedded, clip))
 
 

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -6,11 +7,17 @@ from safetensors.torch import load_file
 
 from scripts import train_clip as script
 from scripts.common.data.data_set import ImageSet
+from scripts.common.drawing import load_clip
+from scripts.common.mnist import DATA_OF_FEATURES, TRAINING_DATA, load_mnist, split_unlearned, split_validation
 from scripts.common.progress import Reporter
+from scripts.evaluation import clip_training
 from scripts.evaluation.captions import CAPTIONS
+from scripts.evaluation.classifiers import CLIP_FOR_FEATURES
 from scripts.evaluation.clip import ClipScorer
 from scripts.evaluation.clip_training import MODEL, save_clip, train_clip
+from scripts.evaluation.spaces import space_of_clip
 from tests.scripts.evaluation.bars import bars
+from tests.scripts.tiny_training import trust_idx_files, write_idx_files
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -52,3 +59,29 @@ def test_wrong_argument_exits_with_status_2_and_one_line(
         script.main(wrong)
     assert exit_.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("for_features", [False, True])
+def test_model_for_features_does_not_learn_the_digits_of_distances(
+    for_features: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_idx_files(tmp_path / "data", num_images=200)
+    trust_idx_files(monkeypatch, 200)
+    learned: list[ImageSet] = []
+    monkeypatch.setattr(
+        clip_training, "train_clip", lambda model, tokens, learn, *args, **options: learned.append(learn)
+    )
+    more = ["--for-features"] if for_features else []
+    script.main([f"--data-dir={tmp_path / 'data'}", f"--out={tmp_path / 'clip'}", "--epochs=1", *more])
+    everything, _ = split_validation(*load_mnist("train", tmp_path / "data"))
+    expected = split_unlearned(*everything)[0] if for_features else everything
+    assert torch.equal(learned[0].images, expected[0])
+    facts = json.loads((tmp_path / "clip" / "open_clip_config.json").read_text())["training"]
+    assert facts["data"] == (DATA_OF_FEATURES if for_features else TRAINING_DATA)
+    assert (tmp_path / "clip" / "digits.png").exists() != for_features
+
+
+def test_model_of_the_distances_is_one_for_features() -> None:
+    facts = json.loads((CLIP_FOR_FEATURES / "open_clip_config.json").read_text())["training"]
+    assert facts["data"] == DATA_OF_FEATURES
+    assert space_of_clip().sha256 == load_clip(str(CLIP_FOR_FEATURES)).sha256 != load_clip().sha256

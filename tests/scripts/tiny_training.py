@@ -135,6 +135,7 @@ def trust_idx_files(patch: pytest.MonkeyPatch, num_images: int = NUM_IMAGES) -> 
     sums = {name: hashlib.md5(content).hexdigest() for name, content in idx_files(num_images).items()}
     patch.setattr(mnist, "CHECKSUMS", sums)
     patch.setattr(mnist, "NUM_VALIDATION", NUM_VALIDATION)
+    patch.setattr(mnist, "UNLEARNED_OF_EACH", num_images // 14)
 
 
 def end_at(where: str, number: signal.Signals, patch: pytest.MonkeyPatch) -> None:
@@ -170,7 +171,7 @@ def end_at(where: str, number: signal.Signals, patch: pytest.MonkeyPatch) -> Non
             lock(mutex)
             lock(mutex)
 
-        patch.setattr(torch, "compile", lambda function: compile_forever)
+        patch.setattr(torch, "compile", lambda function, **options: compile_forever)
         patch.setattr(trainer, "use_private_compile_cache", lambda cache: None)
     else:
         raise ValueError(where)

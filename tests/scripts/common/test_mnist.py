@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scripts.common.errors import ScriptError
-from scripts.common.mnist import load_mnist, split_validation
+from scripts.common.mnist import load_mnist, split_unlearned, split_validation
 from tests.scripts.tiny_training import NUM_IMAGES, NUM_VALIDATION, idx_files, trust_idx_files, write_idx_files
 
 IMAGES = "train-images-idx3-ubyte"
@@ -141,6 +141,21 @@ def test_last_images_are_for_validation_only() -> None:
     assert learn[0].tolist() == list(range(NUM_IMAGES - NUM_VALIDATION))
     assert validate[0].tolist() == list(range(NUM_IMAGES - NUM_VALIDATION, NUM_IMAGES))
     assert (learn[1] - learn[0]).unique().tolist() == (validate[1] - validate[0]).unique().tolist() == [100]
+
+
+def test_a_thousand_digits_of_each_class_and_of_all_writers_are_left_for_distances(mnist_dir: Path) -> None:
+    (images, labels), _ = split_validation(*load_mnist("train", mnist_dir))
+    places = torch.arange(len(labels))
+    (learned, learned_labels), (unlearned, unlearned_labels) = split_unlearned(places, labels)
+    assert unlearned_labels.bincount().tolist() == [1000] * 10
+    assert sorted([*learned.tolist(), *unlearned.tolist()]) == places.tolist()
+    assert torch.equal(labels[learned], learned_labels)
+    assert torch.equal(labels[unlearned], unlearned_labels)
+    shares = (
+        unlearned.bincount(minlength=len(labels)).view(50, -1).double().mean(dim=1)
+    )  # the file is in order of writer
+    assert ((shares - 10 / 55).abs() < 0.05).all()
+    assert torch.equal(split_unlearned(images, labels)[1][0], images[unlearned])
 
 
 def test_mnist_has_the_published_statistics(mnist_dir: Path) -> None:

@@ -101,16 +101,16 @@ def test_copies_count_as_memorised_and_held_out_digits_do_not(evaluator: Evaluat
     assert (quality.memorised, quality.held_out_memorised) == (1, 0)
 
 
-def test_copies_of_compared_training_digits_count_as_memorised(evaluator: Evaluator) -> None:
-    compared = bars(200, 2)
-    everything = ImageSet(torch.cat([LEARNED.images, compared.images]), torch.cat([LEARNED.labels, compared.labels]))
-    of_training = References(LEARNED, compared, "training", everything)
-    other = Evaluator(of_training, evaluator.judge, evaluator.extractor, num_images=100)
-    copies = ImageSet(compared.images[:100], compared.labels[:100])
+def test_copies_of_training_digits_that_are_no_real_digits_count_as_memorised(evaluator: Evaluator) -> None:
+    others = bars(200, 7)
+    everything = ImageSet(torch.cat([LEARNED.images, others.images]), torch.cat([LEARNED.labels, others.labels]))
+    of_all = References(LEARNED, evaluator.references.held_out, "validation", everything)
+    other = Evaluator(of_all, evaluator.judge, evaluator.extractor, num_images=100)
+    copies = ImageSet(others.images[:100], others.labels[:100])
     assert (evaluate(evaluator, copies).memorised, evaluate(other, copies).memorised) == (0, 1)
 
 
-def test_picture_of_nearest_digits_shows_compared_training_digits_too(
+def test_picture_of_nearest_digits_shows_training_digits_that_are_no_real_digits_too(
     evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[Tensor] = []
@@ -120,11 +120,11 @@ def test_picture_of_nearest_digits_shows_compared_training_digits_too(
         return show_nearest(drawn, nearest, learned)
 
     monkeypatch.setattr("scripts.evaluation.quality.show_nearest", show)
-    compared = bars(200, 2)
-    everything = ImageSet(torch.cat([compared.images, LEARNED.images]), torch.cat([compared.labels, LEARNED.labels]))
-    of_training = References(LEARNED, compared, "training", everything)
-    other = Evaluator(of_training, evaluator.judge, evaluator.extractor, num_images=100)
-    copies = ImageSet(compared.images[:100], compared.labels[:100])
+    others = bars(200, 7)
+    everything = ImageSet(torch.cat([others.images, LEARNED.images]), torch.cat([others.labels, LEARNED.labels]))
+    of_all = References(LEARNED, evaluator.references.held_out, "validation", everything)
+    other = Evaluator(of_all, evaluator.judge, evaluator.extractor, num_images=100)
+    copies = ImageSet(others.images[:100], others.labels[:100])
     with Reporter() as reporter:
         evaluate_samples(Samples(100, lambda: (copies, {})), other, reporter, tmp_path)
     assert torch.equal(shown[0], copies.images)

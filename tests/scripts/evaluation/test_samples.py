@@ -14,6 +14,7 @@ from model.sampler import Guidance
 from scripts.common.data.data_set import ImageSet
 from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.common.errors import ScriptError
+from scripts.common.mnist import load_mnist, split_unlearned, split_validation
 from scripts.common.progress import Reporter
 from scripts.evaluation.dataset_files import IDX, Rows, write_idx
 from scripts.evaluation.parquet import FILE, write_parquet
@@ -142,15 +143,21 @@ def test_compared_digits_of_each_split_are_not_training_digits_too(
 ) -> None:
     write_idx_files(tmp_path, num_images=200)
     trust_idx_files(monkeypatch, 200)
-    monkeypatch.setattr("scripts.evaluation.samples.NUM_COMPARED", 60)
+    train, _ = split_validation(*load_mnist("train", tmp_path))
+    learned_for_features, unlearned = (unique_images(ImageSet(*each)) for each in split_unlearned(*train))
     found = {split: load_references(split, tmp_path) for split in SPLITS}
-    everything = {split: unique_images(of.held_out) | unique_images(of.learned) for split, of in found.items()}
-    assert not any(unique_images(of.held_out) & unique_images(of.learned) for of in found.values())
-    assert everything["training"] == unique_images(found["test"].learned) == unique_images(found["validation"].learned)
+    for references in found.values():
+        assert not unique_images(references.held_out) & unique_images(references.learned)
+        assert unique_images(references.real) <= unique_images(references.learned) & unlearned
+    for split in ("test", "validation"):
+        assert unique_images(found[split].learned) == learned_for_features | unlearned
+    halves = [found["training"].real, found["training"].held_out]
+    assert unique_images(halves[0]) | unique_images(halves[1]) == unlearned
+    assert [each.labels.bincount().tolist() for each in halves] == [[7] * 10] * 2
     assert {split: len(of.held_out.labels) for split, of in found.items()} == {
         "test": 200,
         "validation": NUM_VALIDATION,
-        "training": 60,
+        "training": 70,
     }
     of_file = [load_references("training", tmp_path).held_out for _ in range(2)]
     assert torch.equal(of_file[0].images, of_file[1].images)
