@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, CheckpointConfig
 from model.compiled.memory import keep_freed_memory
 from model.files import write_atomically
 from model.precision import can_compile, no_compiler
@@ -46,9 +46,12 @@ class TrainingRequest:
     flip: bool = False  # mirror each training image with probability 0.5
     tensorboard: bool = False  # write losses and images for TensorBoard
 
-    def load_recipe(self, data: DataSet | None = None) -> Recipe:
-        """Returns the recipe of the preset for the data, with the requested changes. Raises ScriptError."""
-        recipe = load_recipe(self.preset, data, self.epochs)
+    def load_recipe(self, data: DataSet | None = None, teacher: CheckpointConfig | None = None) -> Recipe:
+        """Returns the recipe of the preset for the data or the teacher, with the requested changes. Raises ScriptError.
+
+        See `recipe.load_recipe`.
+        """
+        recipe = load_recipe(self.preset, data, self.epochs, teacher)
         return recipe.model_copy(update={"flip": True}) if self.flip else recipe
 
     def prepare(self) -> tuple[torch.device, bool]:

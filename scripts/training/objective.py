@@ -1,8 +1,8 @@
 """Loss functions for training: the interface, and the denoising loss at random timesteps of real images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,12 @@ class Objective(Protocol):
     def validation_losses(self, denoiser: Denoiser) -> Losses:
         """Returns the loss on the held-out examples. The rows and their noise are the same at every call."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the objective itself has learned."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+
 
 class DenoisingObjective:
     """The loss of Ho 2020, eq. 14, with the weights and the prediction of the recipe.
@@ -78,6 +84,13 @@ class DenoisingObjective:
     def validation_losses(self, denoiser: Denoiser) -> Losses:
         """Returns the loss on the held-out images. Each has a fixed t and eps, so that epochs can be compared."""
         return self._held_out.losses(denoiser)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns an empty state, because this objective learns nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Has nothing to restore."""
 
     def _diffusion(self, generator: torch.Generator) -> Diffusion:
         return Diffusion(

@@ -4,10 +4,11 @@ A recipe with `base = "NAME"` inherits from the preset NAME and contains only th
 """
 
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model.checkpoint import CheckpointConfig, Probe, check_network
 from model.prediction import PredictionConfig
@@ -21,7 +22,7 @@ from scripts.training.auto import AUTO, choices_for
 PRESETS = Path(__file__).parent / "presets"
 MAX_BASES = 10
 PROBE_STEPS = 10  # of the image by which the service checks its computation at the start
-STUDENT_SAMPLER: Sampler = "ddim"  # a step is linear in x_0, so the target x_0 for a given next x_t is known
+STUDENT_SAMPLER: Sampler = "ddim"  # its first order is enough for a few steps
 TEACHER_SAMPLER: Sampler = "dpmpp"  # deterministic, and accurate in few steps
 
 
@@ -53,13 +54,30 @@ class LRScheduleRecipe(_Strict):
 
 
 class DistillationRecipe(_Strict):
-    """Distillation of a teacher into a student that uses `num_steps` steps."""
+    """Distillation of a teacher into a student that permits each of `num_steps`."""
 
-    num_steps: int = Field(ge=1, le=100)
-    teacher_steps: int = Field(ge=1, le=100)  # approximate: the student's timesteps are added to them
-    guidance: Guidance  # guidance of the teacher's paths; the student itself needs none
-    num_paths: int = Field(ge=1)  # number of paths for training
-    num_held_out: int = Field(ge=1)  # number of paths for validation
+    num_steps: tuple[Annotated[int, Field(ge=1, le=100)], ...] = Field(min_length=1)  # the first one is recommended
+    teacher_steps: int = Field(ge=1, le=100)
+    guidance: Guidance  # guidance of the teacher's images; the student itself needs none
+    num_images: int = Field(ge=1)  # number of images for training
+    num_held_out: int = Field(ge=1)  # number of images for validation
+    image_weight: float = Field(ge=0)  # of the squared error from the image of the teacher, beside the adversary's loss
+    recognition_weight: float = Field(ge=0)  # of the cross entropy of a classifier; needs MNIST
+
+    @field_validator("num_steps")
+    @classmethod
+    def _check_distinct(cls, num_steps: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(num_steps)) < len(num_steps):
+            raise ValueError("each number of steps must occur once")
+        return num_steps
+
+
+class AdversaryRecipe(_Strict):
+    """The discriminator of a distillation, whose loss has weight 1."""
+
+    width: int = Field(ge=1, le=1024)  # channels of its first level
+    lr: float = Field(gt=0)
+    gradient_weight: float = Field(ge=0)  # of the penalty for scores that noise changes
 
 
 class Recipe(_Strict):
@@ -82,6 +100,7 @@ class Recipe(_Strict):
     schedule: ScheduleConfig
     prediction: PredictionConfig = PredictionConfig()
     distillation: DistillationRecipe | None = None
+    adversary: AdversaryRecipe | None = None  # of a distillation
     unet: UNetConfig
 
     def checkpoint_config(self, class_names: tuple[str, ...], training: dict[str, Any]) -> CheckpointConfig:
@@ -95,10 +114,10 @@ class Recipe(_Strict):
             guidance=self.guidance,
             guidance_by_sampler=self.guidance_by_sampler,
             samplers=(STUDENT_SAMPLER,) if student else SAMPLERS,
-            steps=(student.num_steps,) if student else (),
+            steps=student.num_steps if student else (),
             probe=Probe(
                 digit=min(Probe().digit, len(class_names) - 1),
-                num_steps=student.num_steps if student else min(PROBE_STEPS, self.schedule.num_steps),
+                num_steps=student.num_steps[0] if student else min(PROBE_STEPS, self.schedule.num_steps),
             ),
             training=training,
         )
@@ -108,6 +127,8 @@ class Recipe(_Strict):
         if self.unet.num_steps != self.schedule.num_steps:
             raise ValueError("unet.num_steps and schedule.num_steps must be equal")
         check_network(self.unet)
+        if (self.distillation is None) != (self.adversary is None):
+            raise ValueError("the tables [distillation] and [adversary] need each other")
         if self.distillation:
             self._check_distillation(self.distillation)
         if not self.label_drop and any(g.scale != 1 for g in (self.guidance, *self.guidance_by_sampler.values())):
@@ -124,14 +145,15 @@ class Recipe(_Strict):
             raise ValueError("distillation needs label_drop = 0, guidance.scale = 1 and min_snr_gamma = 0")
         if self.min_loss_weight or self.overshoot_weight != 1:
             raise ValueError("distillation needs min_loss_weight = 0 and overshoot_weight = 1")
-        if max(distillation.num_steps, distillation.teacher_steps) > self.schedule.num_steps:
+        if max(*distillation.num_steps, distillation.teacher_steps) > self.schedule.num_steps:
             raise ValueError(
                 "distillation.num_steps and distillation.teacher_steps must be at most schedule.num_steps, "
                 f"{self.schedule.num_steps}"
             )
-        if distillation.num_paths < self.batch_size:
+        if distillation.num_images < self.batch_size:
             raise ValueError(
-                f"distillation.num_paths is {distillation.num_paths}. It must be at least batch_size, {self.batch_size}"
+                f"distillation.num_images is {distillation.num_images}. It must be at least batch_size, "
+                f"{self.batch_size}"
             )
 
 
@@ -144,11 +166,14 @@ def preset_names(*, of_students: bool | None = None) -> list[str]:
     return [name for name in names if of_students in (None, load_recipe(name).distillation is not None)]
 
 
-def load_recipe(preset: str, data: DataSet | None = None, epochs: int | None = None) -> Recipe:
+def load_recipe(
+    preset: str, data: DataSet | None = None, epochs: int | None = None, teacher: CheckpointConfig | None = None
+) -> Recipe:
     """Returns the recipe of a preset, or of a file if `preset` ends in .toml. AUTO chooses it for the data.
 
-    The size, the colours and the number of classes are those of the data if it is given. `epochs` replaces the number
-    of epochs. Raises ScriptError if the recipe is invalid, or does not fit the data.
+    The size, the colours and the number of classes are those of the data if it is given. The network, the schedule and
+    the prediction are those of `teacher` if it is given. `epochs` replaces the number of epochs. Raises ScriptError if
+    the recipe is invalid, or does not fit the data.
     """
     if preset == AUTO and data:
         values = _merge(_read("default", depth=0), choices_for(data, epochs))
@@ -163,6 +188,8 @@ def load_recipe(preset: str, data: DataSet | None = None, epochs: int | None = N
                 wrong = f"unet.{name} is {own[name]}, but the data has {value}"
                 raise ScriptError(f"{_path(preset)}: {wrong}. Remove unet.{name} from the recipe")
         values = {**values, "unet": {**own, **fields}}
+    if teacher:
+        values = {**values, **{part: asdict(getattr(teacher, part)) for part in ("unet", "schedule", "prediction")}}
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

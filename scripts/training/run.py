@@ -1,13 +1,13 @@
 """The run folder of a training. It contains these files:
 
 state.pt           the state that is needed to resume
-model.safetensors  the checkpoint with the lowest validation loss
+model.safetensors  the checkpoint with the lowest validation loss, or of the last epoch of a distillation
 losses.csv         one line per epoch
 epochs/NN.png      an image of each class after each epoch, generated from the same noise
 losses.png         the losses of a finished run
 README.md          the card of a finished run
 tensorboard/       losses and images for TensorBoard, with --tensorboard
-paths/             of a distillation: the paths that the teacher generated
+teacher/           of a distillation: the images that the teacher generated
 """
 
 import csv
@@ -33,15 +33,16 @@ from scripts.training.recipe import Recipe
 from scripts.training.trainer import EpochResult, Trainer
 
 GRID_SEED, GRID_ROWS = 2026, 4
-MODEL, STATE, PATHS = "model.safetensors", "state.pt", "paths"
+NEWER_FIELDS = ("flip", "min_loss_weight", "overshoot_weight", "adversary")  # of a recipe
+MODEL, STATE, TEACHER = "model.safetensors", "state.pt", "teacher"
 
 
 def stop_message(script: str, folder: Path) -> str:
     """Returns the message of a script that was stopped. It says what the same command does next."""
     if (folder / STATE).exists():
         return f"{script}: stopped; run the same command again to resume from the last saved state"
-    if any((folder / PATHS).glob("*.safetensors")):
-        return f"{script}: stopped; run the same command again to resume with the paths that are complete"
+    if any((folder / TEACHER).glob("*.safetensors")):
+        return f"{script}: stopped; run the same command again to resume with the images that are complete"
     return f"{script}: stopped before a state was saved; the same command starts from the beginning"
 
 
@@ -77,8 +78,9 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """Returns the values that must be equal when a run is resumed."""
         recipe = self.recipe.model_dump(mode="json")
-        if not recipe["flip"]:  # The runs of the previous release do not have it.
-            del recipe["flip"]
+        for name in NEWER_FIELDS:  # The runs of the previous release do not have them.
+            if recipe[name] == Recipe.model_fields[name].default:
+                del recipe[name]
         identity = {"recipe": recipe, "seed": self.seed, "data": digest_in(self.data)}
         identity |= {"start": self.start.weights_sha256} if self.start else {}
         return identity if self.class_names == DIGITS else identity | {"class_names": self.class_names}
@@ -110,11 +112,15 @@ class Run:
         return True
 
     def record(self, trainer: Trainer, result: EpochResult) -> bool:
-        """Writes the files of an epoch. Returns True if its validation loss is the lowest so far."""
+        """Writes the files of an epoch. Returns True if its validation loss is the lowest so far.
+
+        The checkpoint is that of the lowest loss. With an adversary it is always the last one, because the squared
+        error, which favours blurred images, does not show how much better the images get.
+        """
         loss = result.validation_loss
         best = math.isfinite(loss) and not any(earlier.validation_loss <= loss for earlier in self.results)
         self.results.append(result)
-        if best:
+        if best or (self.recipe.adversary and math.isfinite(loss)):
             self.safe_save_model(trainer)
         columns = min(len(self.class_names), GRID_COLUMNS)
         images = self._samples(trainer)

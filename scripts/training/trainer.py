@@ -31,12 +31,12 @@ GPU_REPORT_STEPS = 50  # steps per progress report on a GPU; each report reads a
 
 @dataclass(frozen=True, slots=True)
 class EpochResult:
-    """Result of one epoch. The losses are mean squared errors of the network's output, with the training weights."""
+    """Result of one epoch. The losses are those of the objective."""
 
     epoch: int
     train_loss: float
     validation_loss: float
-    band_losses: tuple[float, ...]  # of four bands of t; the first, 1..T/4, has the least noise
+    band_losses: tuple[float, ...]  # of the bands of t, from low noise to high; see the objective
     learning_rate: float
 
 
@@ -92,7 +92,7 @@ class Trainer:
         self.compiled = compiled
         if compiled:
             use_private_compile_cache(default_cache())
-        self.denoiser = torch.compile(self._denoise) if compiled else self._denoise
+        self.denoiser = torch.compile(self._denoise, dynamic=False) if compiled else self._denoise
         # Two runs have the same bits only if this description, the recipe and the seed are the same.
         self.arithmetic = f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads" + (
             ", compiled" if compiled else ""
@@ -142,6 +142,7 @@ class Trainer:
             },
             "optimizer": self.optimizer.state_dict(),
             "plateau": self.plateau.state_dict(),
+            "objective": self.objective.state_dict(),
             "epoch": self.epoch,
             "within_epoch": {
                 "num_done": self._num_done,
@@ -155,6 +156,7 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.plateau.load_state_dict(state["plateau"])
+        self.objective.load_state_dict(state.get("objective", {}))
         self.epoch = state["epoch"]
         if within := state.get("within_epoch"):
             self._num_done = within["num_done"]

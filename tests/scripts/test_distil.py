@@ -1,42 +1,60 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
+from model.pixels import from_pixels
 from model.prediction import PredictionConfig
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
 from scripts import distil, sample, train
 from scripts.common.drawing import Drawer, DrawingOptions
+from scripts.common.mnist import TRAINING_DATA
 from scripts.common.progress import Reporter
-from scripts.training.distillation import PATH_SEED
+from scripts.training import distillation
+from scripts.training.distillation import IMAGE_SEED
 from scripts.training.run import Run
 from scripts.training.trainer import EpochResult, Trainer
-from tests.scripts.tiny_training import COSINE, NUM_STEPS
+from tests.scripts.tiny_training import COSINE, NUM_STEPS, trust_idx_files, write_idx_files
 from tests.tiny import tiny_unet
 
 DISTILLATION = """
 [prediction]
 kind = "v"
 [distillation]
-num_steps = 3
+num_steps = [3, 1]
 teacher_steps = 6
-num_paths = 56
+num_images = 56
 num_held_out = 4
+image_weight = 5.0
+recognition_weight = 0.2
 [distillation.guidance]
 scale = 1.5
 start = 1
 stop = 12
+[adversary]
+width = 8
+lr = 1e-3
+gradient_weight = 0.1
 """
 
 
 @pytest.fixture(autouse=True)
-def few_paths_per_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scripts.training.distillation.PART_SIZE", 64)
+def small_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the teacher generate few images, and accepts the bars in `data` as MNIST. All of its images are kept.
+
+    The images of a tiny teacher are not digits, so a real classifier would leave out most of them.
+    """
+    monkeypatch.setattr(distillation, "PART_SIZE", 64)
+    monkeypatch.setattr(distillation, "_only_readable", lambda images, *args: images)
+    write_idx_files(tmp_path / "data")
+    trust_idx_files(monkeypatch)
 
 
 @pytest.fixture
@@ -63,43 +81,51 @@ def save_teacher(path: Path, kind: str = "v", *, large_embeddings: bool = False)
 
 
 def run(preset: Path, teacher: Path, out: Path, *more: str) -> None:
-    distil.main([f"--preset={preset}", f"--teacher={teacher}", f"--out={out}", "--compile=off", *more])
+    data = preset.parent / "data"
+    distil.main(
+        [f"--preset={preset}", f"--teacher={teacher}", f"--out={out}", f"--data-dir={data}", "--compile=off", *more]
+    )
 
 
-def test_student_starts_from_the_teacher_and_stores_its_number_of_steps(preset: Path, tmp_path: Path) -> None:
+def test_student_starts_from_the_teacher_and_stores_its_numbers_of_steps(preset: Path, tmp_path: Path) -> None:
     teacher = save_teacher(tmp_path / "teacher.safetensors")
     run(preset, teacher, tmp_path / "run")
     student = checkpoint.load(tmp_path / "run" / "model.safetensors")
-    assert (student.config.samplers, student.config.steps, student.config.guidable) == (("ddim",), (3,), False)
-    paths = f"56 paths of the weights {checkpoint.load(teacher).weights_sha256}, guided by 1.5 at t = 1 to 12"
-    assert student.config.training["data"] == paths
+    assert (student.config.samplers, student.config.steps, student.config.guidable) == (("ddim",), (3, 1), False)
+    images = f"56 images of the weights {checkpoint.load(teacher).weights_sha256}, guided by 1.5 at t = 1 to 12"
+    assert student.config.training["data"] == f"{images}, and {TRAINING_DATA}"
     before, after = (loaded.network.state_dict() for loaded in (checkpoint.load(teacher), student))
     moved = [torch.nn.functional.cosine_similarity(before[n].flatten(), after[n].flatten(), dim=0) for n in before]
     assert 0.5 < torch.stack(moved).mean() < 0.99999
 
 
-def test_student_is_closer_to_the_paths_than_the_teacher_with_the_same_steps(preset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_steps", [3, 1])
+def test_student_is_closer_to_the_images_than_the_teacher_with_the_same_steps(
+    preset: Path, tmp_path: Path, num_steps: int
+) -> None:
     teacher = save_teacher(tmp_path / "teacher.safetensors", large_embeddings=True)
-    preset.write_text(preset.read_text().replace("num_paths = 56", "num_paths = 512"))
+    # The data is other images than those of this teacher, so the adversary must count little.
+    text = preset.read_text().replace("image_weight = 5.0", "image_weight = 1000.0")
+    preset.write_text(text.replace("num_images = 56", "num_images = 512"))
     run(preset, teacher, tmp_path / "run")
-    last = max((tmp_path / "run" / "paths").iterdir())
-    paths, index = load_file(last), torch.arange(512, 576)  # paths that are not in the training set
-    options = DrawingOptions("ddim", 3, Guidance())
+    last = max((tmp_path / "run" / "teacher").iterdir())
+    images, index = load_file(last)["images"], torch.arange(512, 576)  # images that are not in the training set
+    options = DrawingOptions("ddim", num_steps, Guidance())
     distances = []
     for path in (tmp_path / "run" / "model.safetensors", teacher):
         with Reporter() as reporter:
-            x_0 = Drawer(checkpoint.load(path)).draw(paths["y"], index, options, reporter, seed=PATH_SEED)
-        distances.append((x_0 - paths["states"][:, -1].float()).square().mean().item())
+            x_0 = Drawer(checkpoint.load(path)).draw(index % 10, index, options, reporter, seed=IMAGE_SEED)
+        distances.append((x_0 - from_pixels(images)).square().mean().item())
     student, itself = distances
     assert student < 0.7 * itself
 
 
-def test_time_limit_during_the_paths_is_reported_and_the_run_resumes(
+def test_time_limit_during_the_images_of_the_teacher_is_reported_and_the_run_resumes(
     preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher = save_teacher(tmp_path / "teacher.safetensors")
     run(preset, teacher, tmp_path / "run", "--time-limit=0.0000001")
-    assert "time limit reached before all paths were generated" in capsys.readouterr().out
+    assert "time limit reached before all images were generated" in capsys.readouterr().out
     assert not (tmp_path / "run" / "model.safetensors").exists()
     run(preset, teacher, tmp_path / "run")
     assert (tmp_path / "run" / "model.safetensors").exists()
@@ -112,7 +138,9 @@ def test_sampling_uses_the_steps_and_sampler_of_the_student(
     drawing = [f"--checkpoint={tmp_path / 'run' / 'model.safetensors'}", "--digit=3", "--seed=1"]
     sample.main([*drawing, f"--out={tmp_path / 'own.png'}"])
     sample.main([*drawing, f"--out={tmp_path / 'expected.png'}", "--num-steps=3", "--sampler=ddim"])
-    assert (tmp_path / "own.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+    sample.main([*drawing, f"--out={tmp_path / 'one.png'}", "--num-steps=1"])
+    own, expected, one = ((tmp_path / f"{name}.png").read_bytes() for name in ("own", "expected", "one"))
+    assert own == expected != one
     for wrong in ("--num-steps=2", "--sampler=ddpm", "--guidance-scale=2"):
         with pytest.raises(SystemExit):
             sample.main([*drawing, f"--out={tmp_path / 'wrong.png'}", wrong])
@@ -139,19 +167,32 @@ def test_resumed_distillation_equals_an_uninterrupted_run(
     assert whole == parts
 
 
-@pytest.mark.parametrize("kind", ["eps", "edm"])
-def test_teacher_with_another_prediction_gives_a_one_line_error(
-    preset: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+def test_student_has_the_network_and_the_prediction_of_its_teacher(preset: Path, tmp_path: Path) -> None:
+    """The preset has the widths 8 and 16, and predicts v."""
+    network = tiny_unet(image_size=28, num_steps=NUM_STEPS, widths=(8,))
+    config = CheckpointConfig(
+        network.config,
+        ScheduleConfig("linear", NUM_STEPS, 0.01, 0.5),
+        prediction=PredictionConfig("edm"),
+        training={"label_drop": 0.1},
+    )
+    checkpoint.save(tmp_path / "teacher.safetensors", network, config)
+    run(preset, tmp_path / "teacher.safetensors", tmp_path / "run", "--epochs=1")
+    student = checkpoint.load(tmp_path / "run" / "model.safetensors").config
+    assert (student.unet, student.schedule, student.prediction) == (config.unet, config.schedule, config.prediction)
+
+
+def test_teacher_that_predicts_noise_gives_a_one_line_error(
+    preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        run(preset, save_teacher(tmp_path / "teacher.safetensors", kind), tmp_path / "run")
+        run(preset, save_teacher(tmp_path / "teacher.safetensors", "eps"), tmp_path / "run")
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the recipe and the teacher differ" in line
-    assert kind in line
+    assert "distillation does not support prediction.kind eps. Use v or edm" in line
 
 
-def test_teacher_that_cannot_generate_the_paths_gives_a_one_line_error(
+def test_teacher_that_cannot_generate_the_images_gives_a_one_line_error(
     preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded = checkpoint.load(save_teacher(tmp_path / "teacher.safetensors"))
@@ -180,13 +221,16 @@ def test_train_rejects_a_preset_for_distillation(
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
-        ('kind = "v"', 'kind = "eps"', "distillation does not support prediction.kind eps"),
         ("scale = 1.0", "scale = 1.5", "distillation needs label_drop = 0"),
         ("label_drop = 0.0", "label_drop = 0.1", "distillation needs label_drop = 0"),
         ("label_drop = 0.0", "label_drop = 0.0\nmin_loss_weight = 0.1", "distillation needs min_loss_weight = 0"),
         ("label_drop = 0.0", "label_drop = 0.0\novershoot_weight = 0.1", "distillation needs min_loss_weight = 0"),
         ("teacher_steps = 6", "teacher_steps = 50", "must be at most schedule.num_steps"),
-        ("num_paths = 56", "num_paths = 5", "must be at least batch_size"),
+        ("num_images = 56", "num_images = 5", "must be at least batch_size"),
+        ("num_steps = [3, 1]", "num_steps = []", "distillation.num_steps: "),
+        ("num_steps = [3, 1]", "num_steps = 3", "distillation.num_steps: "),
+        ("num_steps = [3, 1]", "num_steps = [3, 3]", "each number of steps must occur once"),
+        ("[adversary]", "[adversarial]", "adversarial: "),
     ],
 )
 def test_invalid_distillation_recipe_gives_a_one_line_error(
@@ -202,11 +246,49 @@ def test_invalid_distillation_recipe_gives_a_one_line_error(
     assert expected in line
 
 
-@pytest.mark.parametrize("preset_name", ["default", "baseline", "nowhere"])
+def test_data_of_other_classes_than_the_teachers_gives_a_one_line_error(
+    preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat", "dog"):
+        for number in range(3):
+            pixels = np.random.default_rng(number).integers(0, 256, (28, 28), dtype=np.uint8)
+            (tmp_path / "pets" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "pets" / name / f"{number}.png")
+    teacher = save_teacher(tmp_path / "teacher.safetensors")
+    with pytest.raises(SystemExit) as exit_:
+        run(preset, teacher, tmp_path / "run", f"--data={tmp_path / 'pets'}")
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the teacher generates 10 classes of 1x28x28 images, but the data has 2 classes of 1x28x28 images" in line
+
+
+@pytest.mark.parametrize(
+    ("preset_name", "expected"),
+    [("default", "no [distillation] table"), ("baseline", "no [distillation] table"), ("nowhere", "unknown preset")],
+)
 def test_preset_without_distillation_gives_a_one_line_error(
-    tmp_path: Path, preset_name: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, preset_name: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        distil.main([f"--preset={preset_name}", f"--out={tmp_path}"])
+        distil.main([f"--preset={preset_name}", f"--out={tmp_path / 'run'}"])
     assert exit_.value.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
+
+
+def test_too_few_readable_images_of_the_teacher_give_a_one_line_error(
+    preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distillation, "_only_readable", lambda images, *args: images.rows(slice(11)))
+    with pytest.raises(SystemExit) as exit_:
+        run(preset, save_teacher(tmp_path / "teacher.safetensors"), tmp_path / "run")
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "only 11 images of the teacher can be read" in line
+
+
+def test_image_size_without_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        distil.main([f"--out={tmp_path / 'run'}", "--image-size=32"])
+    assert exit_.value.code == 2
+    assert "--image-size needs --data" in capsys.readouterr().err

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from model.prediction import PredictionConfig
 from model.sampler import Guidance
-from scripts.training.distillation import DistillationObjective
+from scripts.training.distillation import IMAGE_SEED, DistillationObjective, TeacherImages
 from scripts.training.graphs import NUM_WARM_UP, CudaGraph, GraphedStep, Step
 from scripts.training.objective import DenoisingObjective, Objective
-from scripts.training.recipe import DistillationRecipe, Recipe
+from scripts.training.recipe import AdversaryRecipe, DistillationRecipe, Recipe
 from scripts.training.trainer import Trainer
 from tests.scripts.tiny_training import NUM_IMAGES, NUM_STEPS, noise_data, recipe_of
 from tests.scripts.training.fake_graph import FakeGraph
@@ -30,16 +30,26 @@ def denoising(recipe: Recipe, device: torch.device) -> DenoisingObjective:
 
 
 def distillation(recipe: Recipe, device: torch.device) -> DistillationObjective:
-    states = torch.rand(NUM_IMAGES, 4, 1, 28, 28, generator=torch.Generator().manual_seed(0)).half()
-    return DistillationObjective(recipe, states, torch.arange(NUM_IMAGES) % 10, device)
+    data, index = noise_data(), torch.arange(NUM_IMAGES)
+    pixels = torch.cat([data.learn.images, data.validate.images])
+    images = TeacherImages(pixels, index % 10, index, IMAGE_SEED)
+    weights = torch.randn(784, 10, generator=torch.Generator().manual_seed(1)).to(device)
+    return DistillationObjective(recipe, images, data.learn, device, classify=lambda x_0: x_0.flatten(1) @ weights)
 
 
 def student_recipe() -> Recipe:
     table = DistillationRecipe(
-        num_steps=3, teacher_steps=6, num_paths=NUM_IMAGES - 2, num_held_out=2, guidance=Guidance(2.0, 3, NUM_STEPS)
+        num_steps=(3, 1),
+        teacher_steps=6,
+        num_images=NUM_IMAGES - 2,
+        num_held_out=2,
+        guidance=Guidance(2.0, 3, NUM_STEPS),
+        image_weight=1.0,
+        recognition_weight=0.5,
     )
+    adversary = AdversaryRecipe(width=8, lr=1e-3, gradient_weight=0.1)
     fields: dict[str, Any] = {"guidance": Guidance(), "label_drop": 0.0, "prediction": PredictionConfig("v")}
-    return recipe_of("cosine", distillation=table, **fields)
+    return recipe_of("cosine", distillation=table, adversary=adversary, **fields)
 
 
 CASES: dict[str, tuple[Callable[[], Recipe], Callable[[Recipe, torch.device], Objective]]] = {
@@ -82,8 +92,16 @@ def differing_weights(one: Trainer, other: Trainer) -> list[str]:
     for kind in ("network", "averaged"):
         a, b = getattr(one, kind).state_dict(), getattr(other, kind).state_dict()
         names += [f"{kind}.{name}" for name in a if not torch.equal(a[name], b[name])]
-    a, b = (trainer.optimizer.state_dict()["state"] for trainer in (one, other))
-    return names + [f"{i}.{name}" for i in a for name in a[i] if not torch.equal(a[i][name], b[i][name])]
+    optimizers = [trainer.optimizer.state_dict() for trainer in (one, other)]
+    adversaries = [trainer.objective.state_dict() for trainer in (one, other)]
+    if adversaries[0]:
+        a, b = (state["network"] for state in adversaries)
+        names += [f"adversary.{name}" for name in a if not torch.equal(a[name], b[name])]
+        optimizers += [state["optimizer"] for state in adversaries]
+    for pair in zip(optimizers[::2], optimizers[1::2], strict=True):
+        a, b = (optimizer["state"] for optimizer in pair)
+        names += [f"{i}.{name}" for i in a for name in a[i] if not torch.equal(a[i][name], b[i][name])]
+    return names
 
 
 @pytest.fixture
@@ -116,7 +134,7 @@ def test_learning_rate_after_a_plateau_reaches_the_graph(monkeypatch: pytest.Mon
     assert differing_weights(plain, graphed) == []
 
 
-@pytest.mark.parametrize("case", ["cosine", "plateau"])
+@pytest.mark.parametrize("case", ["cosine", "plateau", "student"])
 def test_resumed_training_with_a_graph_gives_the_same_bits_as_an_uninterrupted_one(case: str) -> None:
     (whole, _), (first, _), (second, graphs) = (graph_trainer(case) for _ in range(3))
     for _ in range(3):

@@ -81,10 +81,13 @@ STEM_AND_RECIPE = {  # the values that rung 5 changes
     *("unet.stem_patch", "unet.widths", "unet.num_pairs", "unet.residual", "unet.attention_heads"),
 }
 
+HIGH_NOISE = {"epochs", "optimizer.lr", "lr_schedule.warmup_steps", "min_loss_weight", "overshoot_weight"}
 STUDENT = {
-    *("epochs", "label_drop", "optimizer.lr", "prediction.kind"),
-    *(f"distillation.{field}" for field in ("num_steps", "teacher_steps", "num_paths", "num_held_out")),
+    *("epochs", "batch_size", "label_drop", "optimizer.lr", "optimizer.betas", "prediction.kind"),
+    *(f"distillation.{field}" for field in ("num_steps", "teacher_steps", "num_images", "num_held_out")),
+    *("distillation.image_weight", "distillation.recognition_weight"),
     *(f"distillation.guidance.{field}" for field in ("scale", "start", "stop")),
+    *(f"adversary.{field}" for field in ("width", "lr", "gradient_weight")),
 }
 
 
@@ -99,6 +102,7 @@ STUDENT = {
         ("default-eps", "fast", STUDENT),
         ("default-eps", "default", {"prediction.kind", "min_snr_gamma", *GUIDANCE}),
         ("default-eps", "default-edm", {"prediction.kind"}),
+        ("default", "default-high-noise", HIGH_NOISE),
     ],
 )
 def test_each_ablation_preset_changes_only_the_expected_values(below: str, rung: str, different: set[str]) -> None:
