@@ -12,10 +12,12 @@ from scripts.benchmark.clients import RequestMaker, RequestSpec
 LARGEST_REQUEST = 64
 PUBLISHED: dict[str, dict[str, Any]] = {  # evaluated settings: folder in docs/results/final -> fields of the request
     "ddpm": {},
-    "ddpm-off": {"guidance_scale": 1},
+    "dpmpp-20": {"sampler": "dpmpp", "num_steps": 20},
     "dpmpp": {"sampler": "dpmpp", "num_steps": 10},
     "dpmpp-off": {"sampler": "dpmpp", "num_steps": 10, "guidance_scale": 1},
     "fast": {"model": "fast"},
+    "fast-2": {"model": "fast", "num_steps": 2},
+    "fast-1": {"model": "fast", "num_steps": 1},
 }
 NUM_STEPS = 100  # default number of steps of the service
 ROWS_OF_ALL, ANSWERS_TO_ONE = "rows/s", "answers/s to the client of one image"  # units of the measured rates
@@ -120,12 +122,22 @@ def closed_loads(clients: Sequence[int]) -> list[Load]:
 
 
 def published_loads() -> list[Load]:
-    """Returns one load for each evaluated setting, named after it. Each load has one client of one image."""
+    """Returns the loads of the evaluated settings, named after them.
 
-    def of(fields: Mapping[str, Any]) -> RequestMaker:
-        return lambda k: RequestSpec("one", {"digit": k % 10, "seed": k, **fields})
+    Each setting has a load with one client of one image. The settings of `fast` also have one with two clients of
+    LARGEST_REQUEST images, which shows how many images a second are possible.
+    """
 
-    return [Load(name, (of(fields),)) for name, fields in PUBLISHED.items()]
+    def of(kind: str, fields: Mapping[str, Any]) -> RequestMaker:
+        return lambda k: RequestSpec(kind, {"digit": k % 10, "seed": k, **fields})
+
+    ones = [Load(name, (of("one", fields),)) for name, fields in PUBLISHED.items()]
+    many = [
+        Load(f"{name}, 2 x {LARGEST_REQUEST} images", (of("64", {"count": LARGEST_REQUEST, **fields}),) * 2)
+        for name, fields in PUBLISHED.items()
+        if name.startswith("fast")
+    ]
+    return ones + many
 
 
 def open_loads(capacity: float, shares: Sequence[float]) -> list[Load]:

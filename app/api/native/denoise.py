@@ -55,11 +55,11 @@ DENOISED = answer_with(
     picture("denoised"),
     sampler="ddim",
     num_steps=20,
-    guidance_scale=1.7,
+    guidance_scale=1.4,
     evaluations=5,
     noise_std=50.0,
     mode="sample",
-    probabilities=[0.0, 0.0, 0.0001, 0.0, 0.0, 0.0, 0.0, 0.998, 0.0, 0.0018],
+    probabilities=[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.9964, 0.0, 0.0035],
 )
 
 

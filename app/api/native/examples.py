@@ -7,7 +7,7 @@ from app.api.operations import picture
 
 PREVIEW = picture("preview")  # the image of DIGIT without text chunks; the picture of most requests
 DIGIT = picture("digit")
-SHA256 = "f38bf767f7688dc7f18165cbdb280ee5115dceaf15614f436b6091bab5532120"
+SHA256 = "4c31ec0d961eb70cc5acae40d6f2ffd29cc17f4cbc37bfef31013c6615bca1f5"
 CLIP = {"name": "embedded", "sha256": "facd162eb0d8f12f5982c5a4ab595afd12eb622bd0fd4ac6e399453d6c1108a0"}
 FIT = {"fit": "resize", "invert": False}
 TIMING = {"queue_seconds": 0.000308, "denoise_seconds": 0.233779, "total_seconds": 0.237409}
@@ -18,7 +18,7 @@ GENERATED = {
     "seed": 42,
     "num_steps": 100,
     "sampler": "ddpm",
-    "guidance_scale": 3.0,
+    "guidance_scale": 2.5,
     "model": {"name": "default", "sha256": SHA256},
     "evaluations": 146,
     "images": [{"index": 0, "png": DIGIT}],

@@ -102,14 +102,14 @@ function showGuidance(answers) {
 const tile = (images, alt) =>
   images ? element("img", { src: pngUrl(images[0].png), alt }) : element("div", { class: "tile" });
 
-/** Returns the parts of the requests that are compared: the model with STEPS, and models like it for few steps. */
+/** Returns the parts of the compared requests: the model with STEPS, and models like it for few steps. */
 async function variants() {
   const { models } = await about();
   const few = models.filter((each) => each.steps.length && each.isLike(model));
   const isPermitted = ({ sampler, num_steps }) => model.samplers.includes(sampler) && num_steps <= model.max_steps;
   return [
     ...(model.steps.length ? [] : STEPS.filter(isPermitted)),
-    ...few.map(({ name, samplers, default_steps }) => ({ model: name, sampler: samplers[0], num_steps: default_steps, name: `model ${name}` })),
+    ...few.flatMap(({ name, samplers, steps }) => steps.map((num_steps) => ({ model: name, sampler: samplers[0], num_steps, name: `model ${name}` }))),
   ];
 }
 
