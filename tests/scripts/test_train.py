@@ -176,7 +176,10 @@ def test_run_stopped_while_compiling_ends_without_a_promise_to_resume(data_folde
     [
         (None, "stopped before a state was saved; the same command starts from the beginning"),
         ("model.safetensors", "stopped before a state was saved; the same command starts from the beginning"),
-        ("paths/0000000.safetensors", "stopped; run the same command again to resume with the paths that are complete"),
+        (
+            "teacher/0000000.safetensors",
+            "stopped; run the same command again to resume with the images that are complete",
+        ),
         ("state.pt", "stopped; run the same command again to resume from the last saved state"),
     ],
 )

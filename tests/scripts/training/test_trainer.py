@@ -39,7 +39,7 @@ def test_compiled_training_uses_a_private_compile_cache(
 ) -> None:
     calls: list[object] = []
     monkeypatch.setattr("scripts.training.trainer.use_private_compile_cache", calls.append)
-    monkeypatch.setattr(torch, "compile", lambda denoise: calls.append("compile") or denoise)
+    monkeypatch.setattr(torch, "compile", lambda denoise, **options: calls.append("compile") or denoise)
     make_trainer("plateau", compiled=compiled)
     assert calls == ([default_cache(), "compile"] if compiled else [])
 
