@@ -41,7 +41,7 @@ from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import load_classifier
 from scripts.training.adversary import Adversary
 from scripts.training.loop import TrainingRequest, train
-from scripts.training.objective import HeldOut, Losses, LossOf
+from scripts.training.objective import HeldOut, Losses, LossOf, half_mirrored
 from scripts.training.recipe import STUDENT_SAMPLER, TEACHER_SAMPLER, DistillationRecipe, Recipe
 from scripts.training.run import TEACHER
 from scripts.training.trainer import Trainer, uses_bfloat16
@@ -193,8 +193,7 @@ class DistillationObjective:
             x_0 = self._predict(denoiser, x_t, t, y)  # (B, C, H, W)
             real = self._real.draw(y, generator)  # (B, C, H, W)
             if self.recipe.flip:  # as in the training of the teacher
-                is_mirrored = torch.rand(len(y), 1, 1, 1, generator=generator, device=real.device) < 0.5
-                real = torch.where(is_mirrored, real.flip(-1), real)
+                real = half_mirrored(real, generator)
             adversary.learn(real, x_0, t, y)
             of_image = (x_0 - from_pixels(self._images.images[rows])).square().mean()
             total = adversary.loss(real, x_0, t, y) + self._weights.image_weight * of_image

@@ -74,8 +74,7 @@ class DenoisingObjective:
         def loss(denoiser: Denoiser, rows: Tensor) -> Tensor:
             x_0, y = from_pixels(self._images[rows]), self._labels[rows]
             if self.recipe.flip:
-                is_mirrored = torch.rand(len(rows), 1, 1, 1, generator=generator, device=x_0.device) < 0.5
-                x_0 = torch.where(is_mirrored, x_0.flip(-1), x_0)
+                x_0 = half_mirrored(x_0, generator)
             c_mask = diffusion.draw_label_mask(len(rows), self.recipe.label_drop)
             return diffusion.train_step(denoiser, x_0, y, c_mask, null_label)
 
@@ -101,6 +100,12 @@ class DenoisingObjective:
             self.recipe.min_loss_weight,
             self.recipe.overshoot_weight,
         )
+
+
+def half_mirrored(x_0: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirrors each image of (B, C, H, W) with probability 0.5."""
+    is_mirrored = torch.rand(len(x_0), 1, 1, 1, generator=generator, device=x_0.device) < 0.5
+    return torch.where(is_mirrored, x_0.flip(-1), x_0)
 
 
 class HeldOut:

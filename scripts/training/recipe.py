@@ -61,7 +61,7 @@ class DistillationRecipe(_Strict):
     guidance: Guidance  # guidance of the teacher's images; the student itself needs none
     num_images: int = Field(ge=1)  # number of images for training
     num_held_out: int = Field(ge=1)  # number of images for validation
-    image_weight: float = Field(ge=0)  # of the squared error from the image of the teacher, beside the adversary's loss
+    image_weight: float = Field(ge=0)  # of the squared error from the image of the teacher
     recognition_weight: float = Field(ge=0)  # of the cross entropy of a classifier; needs MNIST
 
     @field_validator("num_steps")
