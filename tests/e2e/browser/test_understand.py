@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Request, expect
 
 from model.schedule import Schedule, ScheduleConfig
 from tests.e2e.browser.conftest import Open, Watched
@@ -48,29 +48,27 @@ def test_slider_shows_the_forward_process_and_the_prediction(service: Service, o
 
 def test_measurement_shows_the_probabilities_of_each_noise_level(service: Service, open_page: Open) -> None:
     page = open_page(service, "#/understand", viewport={"width": 1280, "height": 500})
-    answers: list[dict[str, object]] = []
+    sent: list[Request] = []  # An event handler that reads the answer of a response could miss the next response.
     page.on(
-        "response",
-        lambda response: (
-            answers.append(response.json())
-            if response.url.endswith("/denoise") and "seed" in response.request.post_data_json
-            else None
+        "request",
+        lambda request: (
+            sent.append(request) if request.url.endswith("/denoise") and "seed" in request.post_data_json else None
         ),
     )
     page.locator("#forward-digits").get_by_role("button", name="Digit 8").click()
     page.wait_for_timeout(500)
-    assert answers == []  # The section is not in view yet.
+    assert sent == []  # The section is not in view yet.
     page.locator("#decided-result").scroll_into_view_if_needed()
     expect(page.get_by_role("button", name="Measure")).to_be_disabled()
     expect(page.get_by_role("button", name="Measure")).to_be_enabled()
-    assert len(answers) == 14
+    assert len(sent) == 14
+    answers = [request.response().json() for request in sent]  # type: ignore[union-attr]
     rows = page.locator(".decided-rows > div")
     assert len(pngs_of(rows.nth(1).locator("img"))) == 14
     assert len(pngs_of(rows.nth(2).locator("img"))) == 14
     labels = rows.nth(3).locator("span").all_text_contents()
     expected = [
-        f"{answer['digit']} {math.floor(100 * answer['probabilities'][answer['digit']] + 0.5)}%"  # type: ignore[index]
-        for answer in answers
+        f"{answer['digit']} {math.floor(100 * answer['probabilities'][answer['digit']] + 0.5)}%" for answer in answers
     ]
     assert labels == expected
     expect(page.locator("#decided-result svg")).to_have_attribute(
