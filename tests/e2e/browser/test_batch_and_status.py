@@ -48,7 +48,8 @@ def test_finished_images_of_other_clients_show_their_last_step(start: Start, ope
     service = start(UNFOG_MAX_BATCH="4", UNFOG_REQUEST_TIMEOUT="300")
     page = open_page(service, "#/batch")
     expect(page.locator("#batch-connection")).to_have_text("Live")
-    with service.events({"digit": 2, "count": 9, "num_steps": 60}) as events:
+    # Enough images that the request runs for seconds: the page shows its finished images until shortly after its end.
+    with service.events({"digit": 2, "count": 48, "num_steps": 60}) as events:
         next(events)
         expect(page.locator(".cell.done").first).to_have_text("60")
         assert page.locator(".lane img[src]").count() == 0  # pictures of other clients are not shown
