@@ -13,6 +13,7 @@ DOCUMENTS = sorted(
         *ROOT.glob("deploy/**/*.md"),
         *ROOT.glob("examples/**/*.md"),
     )
+    if "node_modules" not in path.parts  # the fonts of examples/draw_letters.py, with documents of their own
 )
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^()\s]+)\)")
