@@ -1,4 +1,4 @@
-"""The tables in docs/tasks.md equal the results in docs/results/tasks, which are those of release 0.1.0."""
+"""The tables in docs/tasks.md equal the results in docs/results/tasks."""
 
 import json
 from pathlib import Path
@@ -18,9 +18,6 @@ RESULTS = ROOT / "docs/results/tasks"
 PAGE = (ROOT / "docs/tasks.md").read_text("utf-8")
 
 Table = list[list[str]]
-EARLIER_WEIGHTS = (
-    "e723f8daea0c30f6b1c3a3341149ef1aa52cca01cae127d2ce7a4eb980a7b6f7"  # of release 0.1.0, as the page says
-)
 
 
 def read(name: str) -> dict[str, Any]:
@@ -74,7 +71,6 @@ def inpainting_rows() -> Table:
             "given" if row["class_given"] else f"found: {row['guessed']:.1%}",
             f"{row['recognised']:.1%}",
             f"{row['border_ratio']:.2f}",
-            str(row["changed"]),
             f"{row['calls']:.0f}",
         ]
         for row in read("inpaint")["masks"]
@@ -115,10 +111,11 @@ def test_table_equals_the_results(column: str) -> None:
     assert [list(row.values()) for row in table] == TABLES[column]()
 
 
-def test_results_are_those_of_the_named_weights_on_the_test_split() -> None:
+def test_results_are_those_of_the_shipped_weights_on_the_test_split() -> None:
+    shipped = load(SHIPPED).weights_sha256
     for name in ("recognize", "recognize-pruned", "handwriting", "denoise", "inpaint", "edit"):
         content = read(name)
-        assert content["weights_sha256"] == EARLIER_WEIGHTS, name
+        assert content["weights_sha256"] == shipped, name
         assert content["split"] == "test", name
     assert len(read("recognize")["rows"][0]["confusion"]) == 10
     assert {read(name)["num_images"] for name in ("recognize", "recognize-pruned")} == {10_000}
@@ -166,10 +163,3 @@ def test_web_page_names_what_the_shipped_network_predicts() -> None:
     kind = load(SHIPPED).config.prediction.kind
     assert f"it predicts <i>{kind}</i>" in (ROOT / "app/api/web/index.html").read_text("utf-8")
     assert f"the network predicts {kind}, a mix of image and noise" in PAGE
-
-
-def test_page_states_the_recognition_with_the_shipped_weights() -> None:
-    content = read("recognize-present")
-    assert content["weights_sha256"] == load(SHIPPED).weights_sha256
-    shares = {row["num_pairs"]: f"{row['accuracy']:.2%}" for row in content["rows"]}
-    assert f"{shares[10]} of the test digits are recognised with 10 pairs, and {shares[20]} with 20" in PAGE
