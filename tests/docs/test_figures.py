@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 RESULTS = DOCS / "results"
 FINAL = [  # tables of metrics of 10,000 digits: document, and the evaluation in each column
-    ("docs/evaluation.md", ("ddpm", "dpmpp-20", "dpmpp", "dpmpp-off", "fast", "fast-2", "fast-1")),
+    ("docs/evaluation.md", ("ddpm", "dpmpp-50", "dpmpp-20", "dpmpp", "dpmpp-off", "fast", "fast-2", "fast-1")),
     ("docs/model-card.md", ("ddpm", "dpmpp-20", "dpmpp", "dpmpp-off")),
     ("docs/model-card.md", ("fast", "fast-2", "fast-1")),
 ]
@@ -111,6 +111,8 @@ def cells(line: str) -> list[str]:
 @pytest.mark.parametrize(("document", "names"), FINAL)
 def test_final_table_matches_its_evaluation_files(document: str, names: tuple[str, ...]) -> None:
     evaluations = [read_evaluation(RESULTS / "final" / name) for name in names]
+    shipped = {load(path).weights_sha256 for path in (SHIPPED, SHIPPED_FAST)}
+    assert {evaluation["weights_sha256"] for evaluation in evaluations} <= shipped
     columns = [*map(as_column, evaluations), as_column(evaluations[0], real=True)]
     rows = [cells(line) for line in (ROOT / document).read_text().splitlines() if line.startswith("|")]
     for name in columns[0]:
