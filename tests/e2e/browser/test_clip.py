@@ -214,7 +214,8 @@ def test_more_images_than_a_call_permits_need_several_calls(start: Start, open_p
     sent = requests_to(page, "/score")
     generate(page, label="3", count="70", num_steps="1", seed="1")
     expect(explanation(page)).to_be_visible()
-    assert [len(body["images"]) for body in sent] == [64, 6]
+    # The image that the page generates when it is opened can be scored before.
+    assert [len(body["images"]) for body in sent][-2:] == [64, 6]
     assert similarities(page) == [f"{similarity(index % 64):.2f}" for index in range(70)]
 
 
