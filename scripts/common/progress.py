@@ -87,9 +87,12 @@ class Reporter:
         print(f"\n{self._if_stopped()}" if number == signal.SIGINT else self._if_stopped(), file=sys.stderr)
 
     @contextmanager
-    def task(self, description: str, total: int, unit: str) -> Iterator["Task"]:
-        """Shows a task of `total` units. Call `advance` of the yielded task to update it."""
-        task = Task(self._bar, description, total, unit)
+    def task(self, description: str, total: int, unit: str, done: int = 0) -> Iterator["Task"]:
+        """Shows a task of `total` units, of which an earlier process has completed `done`.
+
+        Call `advance` of the yielded task to update it.
+        """
+        task = Task(self._bar, description, total, unit, done)
         try:
             yield task
         finally:
@@ -99,11 +102,11 @@ class Reporter:
 class Task:
     """A task that a Reporter shows: as a row of its bar, or as lines if it has none."""
 
-    def __init__(self, bar: "Progress | None", description: str, total: int, unit: str) -> None:
+    def __init__(self, bar: "Progress | None", description: str, total: int, unit: str, done: int) -> None:
         self._bar, self._description, self._total, self._unit = bar, description, total, unit
-        self._done, self._start = 0, time.perf_counter()
+        self._done, self._done_earlier, self._start = done, done, time.perf_counter()
         self._last_line = self._start
-        self._row = bar.add_task(description, total=total, note="") if bar else None
+        self._row = bar.add_task(description, total=total, completed=done, note="") if bar else None
 
     def advance(self, amount: int, note: str = "") -> None:
         """Adds `amount` completed units and shows `note` next to the rate.
@@ -112,7 +115,7 @@ class Task:
         """
         self._done += amount
         now = time.perf_counter()
-        rate = self._done / (now - self._start)
+        rate = (self._done - self._done_earlier) / (now - self._start)
         note = f"{note} {rate:.0f} {self._unit}/s".strip()
         if self._bar and self._row is not None:
             self._bar.update(self._row, advance=amount, note=note)

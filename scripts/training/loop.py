@@ -151,7 +151,8 @@ def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float |
     start = time.perf_counter()
     end = start + 60 * time_limit if time_limit else math.inf
     if run.resume(trainer):
-        reporter.line(f"resuming from epoch {trainer.epoch} of {run.folder}")
+        of_next = f", images of the next epoch: {trainer.images_done:,}" if trainer.images_done else ""
+        reporter.line(f"resuming {run.folder}; epochs done: {trainer.epoch}{of_next}")
         if run.earlier_arithmetic != trainer.arithmetic:
             reporter.line(
                 "the result will not be identical to an uninterrupted run, because the environment has changed: "
@@ -193,7 +194,7 @@ class _TimeIsUp(Exception):
 
 def _epoch(trainer: Trainer, run: Run, reporter: Reporter, end: float) -> EpochResult:
     batch_size = run.recipe.batch_size
-    total = trainer.steps_per_epoch * batch_size
+    total, done = trainer.steps_per_epoch * batch_size, trainer.images_done
     saved_at = time.monotonic()
 
     def on_steps(count: int, loss: float) -> None:
@@ -206,7 +207,7 @@ def _epoch(trainer: Trainer, run: Run, reporter: Reporter, end: float) -> EpochR
         if is_late:
             raise _TimeIsUp
 
-    with reporter.task(f"epoch {trainer.epoch + 1}/{run.recipe.epochs}", total, "images") as task:
+    with reporter.task(f"epoch {trainer.epoch + 1}/{run.recipe.epochs}", total, "images", done) as task:
         return trainer.run_epoch(on_steps)
 
 

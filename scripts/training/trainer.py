@@ -103,6 +103,11 @@ class Trainer:
         """Number of full batches. The remaining examples of the epoch's shuffle are not used."""
         return self.objective.num_examples // self.recipe.batch_size
 
+    @property
+    def images_done(self) -> int:
+        """Number of images of the current epoch from which the network has learned."""
+        return self._num_done * self.recipe.batch_size
+
     def run_epoch(self, on_steps: OnSteps = lambda count, loss: None) -> EpochResult:
         """Trains on all training examples once, then computes the validation loss of the averaged weights.
 

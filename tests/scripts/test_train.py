@@ -234,7 +234,8 @@ def test_time_limit_stops_within_an_epoch_after_the_first_and_the_run_resumes(
     assert (state["epoch"], state["within_epoch"]["num_done"]) == (epoch, num_done)
     assert f"time limit: stopped in epoch {epoch + 1}" in capsys.readouterr().out
     train.main(arguments(data_folder, "cosine", out))
-    assert f"resuming from epoch {epoch}" in capsys.readouterr().out
+    done = f"; epochs done: {epoch}, images of the next epoch: {8 * num_done}"
+    assert done in capsys.readouterr().out
     assert differences(out, complete_runs["cosine"]) == []
 
 
@@ -550,7 +551,7 @@ def test_run_continues_after_its_data_was_moved_but_not_after_a_class_was_rename
     train.main(own(out, write_folder(tmp_path / "data")))
     (tmp_path / "data").rename(tmp_path / "moved")
     train.main(own(out, tmp_path / "moved"))
-    assert f"resuming from epoch 2 of {out}" in capsys.readouterr().out
+    assert f"resuming {out}; epochs done: 2\n" in capsys.readouterr().out
     (tmp_path / "moved" / "cat").rename(tmp_path / "moved" / "beta")
     with pytest.raises(SystemExit):
         train.main(own(out, tmp_path / "moved"))

@@ -1,6 +1,7 @@
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +23,17 @@ def test_without_rich_progress_is_shown_as_lines(
     begun, line = capsys.readouterr().out.splitlines()
     assert begun == "begun"
     assert line.startswith("drawing 1/4 loss 2 ")
+
+
+def test_resumed_task_shows_what_was_done_earlier_and_estimates_from_what_was_done_now(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = iter([0.0, 10.0])
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    with Reporter() as reporter, reporter.task("epoch 1/1", 100, "images", done=60) as task:
+        task.advance(20)
+    assert capsys.readouterr().out == "epoch 1/1 80/100 2 images/s, 10 s left\n"
 
 
 def test_terminal_with_rich_shows_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
