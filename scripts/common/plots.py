@@ -1,6 +1,7 @@
 """Figures of the forward process, the reverse process, generated digits and training runs."""
 
 import csv
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -175,7 +176,9 @@ def plot_reverse(request: DrawingRequest, out: Path, reporter: Reporter) -> None
 
 def plot_losses(runs: Sequence[Path], out: Path) -> None:
     """Writes a figure of the losses of several runs. A run is a run folder or a losses.csv."""
-    losses = {(path.parent if path.suffix == ".csv" else path).resolve().name: read_losses(path) for path in runs}
+    folders = {(path.parent if path.suffix == ".csv" else path).resolve().name: path for path in runs}
+    # The name of a folder can be any bytes.
+    losses = {os.fsencode(name).decode(errors="backslashreplace"): read_losses(folders[name]) for name in folders}
     save_figure(show_losses(losses), out, grey=False)
 
 

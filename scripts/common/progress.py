@@ -77,7 +77,8 @@ class Reporter:
     def line(self, text: str) -> None:
         """Prints a permanent line, above the progress bar if there is one."""
         if self._bar:
-            self._bar.console.print(text, highlight=False, markup=False)
+            # A line that is wrapped has a line break in it, so a command in it could not be copied.
+            self._bar.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
         else:
             print(text, flush=True)
 

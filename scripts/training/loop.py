@@ -102,7 +102,7 @@ def train_on(request: TrainingRequest, load: Callable[[], DataSet], reporter: Re
         num_parameters = sum(p.numel() for p in trainer.network.parameters())
         if is_installed("matplotlib"):
             plot_losses([run.folder], run.folder / CURVES)
-        write_atomically(run.folder / CARD, card(run, data, num_parameters).encode())
+        write_atomically(run.folder / CARD, card(run, data, num_parameters).encode(errors="backslashreplace"))
 
 
 def check_folder(request: TrainingRequest) -> None:

@@ -91,8 +91,9 @@ class Run:
         Raises ScriptError if the state cannot be read, or if its identity or its release is another one.
         """
         path = self.folder / STATE
-        for left_over in self.folder.glob(f".{STATE}.*"):  # by a process that was killed while it saved
-            left_over.unlink(missing_ok=True)
+        for name in (STATE, MODEL):
+            for left_over in self.folder.glob(f".{name}.*"):  # by a process that was killed while it saved
+                left_over.unlink(missing_ok=True)
         if not path.exists():
             return False
         try:

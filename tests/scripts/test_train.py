@@ -544,6 +544,23 @@ def test_other_data_does_not_resume_a_run(tmp_path: Path, capsys: pytest.Capture
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def test_resumed_run_removes_what_a_killed_process_has_left(tmp_path: Path) -> None:
+    out, data = tmp_path / "out", write_folder(tmp_path / "data")
+    train.main(own(out, data))
+    files = sorted(path.name for path in out.iterdir())
+    for name in (".state.pt.abc", ".model.safetensors.abc"):
+        (out / name).write_bytes(b"x")
+    train.main(own(out, data))
+    assert sorted(path.name for path in out.iterdir()) == files
+
+
+def test_run_folder_can_have_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    out = tmp_path / os.fsdecode(b"r\xe9n")
+    train.main(own(out, write_folder(tmp_path / "data")))
+    assert "r\\udce9n/model.safetensors" in (out / "README.md").read_text("utf-8")
+    assert (out / "losses.png").exists()
+
+
 def test_run_continues_after_its_data_was_moved_but_not_after_a_class_was_renamed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,20 +1,25 @@
 """Reads NPZ files in the layout of MedMNIST, and IDX files as those of MNIST, of any image size."""
 
 import gzip
+import re
 import tempfile
+import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from scripts.common.data.folders import METHODS
 from scripts.common.data.source import MAX_CLASSES, Picture, Source, Split, numbered, split_in
 from scripts.common.errors import ScriptError
 
-IDX_NAME = "images?idx3-ubyte"  # end of the name of a file with images, without `.gz`
+UNREADABLE = (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError)
+MAX_ARRAY_BYTES = 4 * 2**30  # of all arrays of a file together, decompressed
+IDX_NAME = re.compile(r"images.idx3-ubyte(\.gz)?$")  # end of the name of a file with images
 
 
 def read_npz(path: Path) -> Source:
@@ -22,10 +27,15 @@ def read_npz(path: Path) -> Source:
     `val` and `test`, if there are any. `class_names` names the classes. Raises ScriptError.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            _check_size(path, sum(entry.file_size for entry in archive.infolist()))
+            if any(entry.compress_type not in METHODS for entry in archive.infolist()):
+                raise ScriptError(f"{path} is not compressed by deflate. Save it with numpy.savez_compressed")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: np.asarray(file[name]) for name in file.files}
-    # TypeError: the file has a single array. RuntimeError: it is encrypted.
-    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError, TypeError, RuntimeError) as error:
+    # TypeError: the file has a single array. RuntimeError: it is encrypted. TokenError, MemoryError and OverflowError:
+    # the type or the shape of an array is damaged.
+    except (*UNREADABLE, TypeError, RuntimeError, tokenize.TokenError, MemoryError, OverflowError) as error:
         is_pickle = "pickle" in str(error).lower()
         hint = "It contains Python objects, which can run code" if is_pickle else "It is damaged, or no NPZ file"
         raise ScriptError(f"{path} cannot be read. {hint}. Save arrays of numbers with numpy.savez") from error
@@ -49,16 +59,14 @@ def _names_of(path: Path, names: np.ndarray | None) -> list[str] | None:
     return [name.decode(errors="surrogateescape") if isinstance(name, bytes) else str(name) for name in names.tolist()]
 
 
-def has_idx_files(folder: Path) -> bool:
-    """Returns True if the folder has IDX files with images."""
-    return bool(_image_files(folder))
+def read_idx(folder: Path, files: Sequence[Path]) -> Source:
+    """Reads IDX files with images, and the files of the folder with their labels, all with or without `.gz`.
 
-
-def read_idx(folder: Path) -> Source:
-    """Reads the IDX files of a folder, with or without `.gz`. Their names contain the split. Raises ScriptError."""
+    Their names contain the split. Raises ScriptError.
+    """
     names: dict[Split, str] = {}
     pictures: list[Picture] = []
-    for name in _image_files(folder):
+    for name in sorted({path.name.removesuffix(".gz") for path in files}):
         split = split_in(name)
         if split is None:
             raise ScriptError(
@@ -72,11 +80,6 @@ def read_idx(folder: Path) -> Source:
         images, labels = (_idx(_idx_file(folder, each)) for each in (name, _labels_of(name)))
         pictures += _pictures(f"{folder}: {name}", split, images, labels)
     return numbered(str(folder), pictures, None)
-
-
-def _image_files(folder: Path) -> list[str]:
-    """Returns the names of the files with images, without `.gz`."""
-    return sorted({path.name.removesuffix(".gz") for end in ("", ".gz") for path in folder.glob(f"*{IDX_NAME}{end}")})
 
 
 def _labels_of(name: str) -> str:
@@ -93,13 +96,36 @@ def _idx_file(folder: Path, name: str) -> Path:
 def _idx(path: Path) -> np.ndarray:
     from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
-    try:
-        with tempfile.NamedTemporaryFile() as plain:  # torchvision reads only uncompressed files
-            plain.write(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
-            plain.flush()
+    with tempfile.NamedTemporaryFile() as plain:  # torchvision reads only uncompressed files
+        size = 0
+        for part in _parts_of(path):
+            size += len(part)
+            _check_size(path, size)
+            plain.write(part)
+        plain.flush()
+        try:
             return read_sn3_pascalvincent_tensor(plain.name, strict=False).numpy()
-    except (OSError, ValueError, AssertionError, KeyError, EOFError, RuntimeError, zlib.error) as error:
-        raise ScriptError(f"{path} is not an IDX file, or is damaged") from error
+        except (ValueError, AssertionError, KeyError, RuntimeError) as error:
+            raise _damaged(path) from error
+
+
+def _parts_of(path: Path) -> Iterator[bytes]:
+    """Yields the decompressed content of a file. Raises OSError if the file cannot be opened."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            while part := file.read(2**20):
+                yield part
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> ScriptError:
+    return ScriptError(f"{path} is not an IDX file, or is damaged. Download or write it again")
+
+
+def _check_size(path: Path, size: int) -> None:
+    if size > MAX_ARRAY_BYTES:
+        raise ScriptError(f"{path} has more than {MAX_ARRAY_BYTES >> 30} GiB of data. Use fewer or smaller images")
 
 
 def _pictures(place: str, split: Split, images: np.ndarray, labels: Any) -> Iterator[Picture]:

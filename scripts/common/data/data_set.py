@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from model.prepared_image import central_square
-from scripts.common.data.arrays import has_idx_files, read_idx, read_npz
-from scripts.common.data.folders import read_folder, read_zip
-from scripts.common.data.parquet import parquet_files, read_parquet
+from scripts.common.data.arrays import IDX_NAME, read_idx, read_npz
+from scripts.common.data.folders import SUFFIXES, read_folder, read_zip, walk
+from scripts.common.data.parquet import read_parquet
 from scripts.common.data.source import Picture, Source, printable
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
@@ -135,11 +135,14 @@ def read_source(path: Path) -> Source:
     """Returns the pictures of a path, before they are decoded. Raises ScriptError."""
     if not path.exists():
         raise ScriptError(f"{path} does not exist")
-    if files := parquet_files(path):
-        return read_parquet(path, files)
     if path.is_dir():
-        return read_idx(path) if has_idx_files(path) else read_folder(path)
+        return _read_any_folder(path)
+    if not path.is_file():  # reading from a pipe would wait without end
+        raise ScriptError(f"{path} is neither a folder nor a file")
+    path.open("rb").close()  # raises OSError if the file must not be read
     match path.suffix.lower():
+        case ".parquet":
+            return read_parquet(path, [path])
         case ".zip":
             return read_zip(path)
         case ".npz":
@@ -150,6 +153,25 @@ def read_source(path: Path) -> Source:
                 "numpy.savez as train_images and train_labels"
             )
     raise ScriptError(f"{path} is not a folder, a zip file, a Parquet file or an NPZ file")
+
+
+def _read_any_folder(root: Path) -> Source:
+    """Reads the Parquet files of a folder and of the folders in it, its IDX files, or otherwise its pictures.
+
+    Raises ScriptError if it has both pictures and files of another kind, because it is not clear which are meant.
+    """
+    files = [folder / name for folder, _, names in walk(root) for name in names]
+    parquet = sorted(file for file in files if file.suffix == ".parquet")
+    idx = [file for file in files if file.parent == root and IDX_NAME.search(file.name)]
+    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if pictures and (others := parquet or idx):
+        raise ScriptError(
+            f"{root} has {'Parquet' if parquet else 'IDX'} files, such as {others[0].relative_to(root)}, and pictures, "
+            f"such as {pictures[0].relative_to(root)}. Choose a folder that has only one of these kinds"
+        )
+    if parquet:
+        return read_parquet(root, parquet)
+    return read_idx(root, idx) if idx else read_folder(root)
 
 
 def hold_out(labels: Tensor, class_names: Sequence[str], place: str) -> tuple[Tensor, Tensor]:

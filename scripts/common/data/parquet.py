@@ -5,29 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scripts.common.data.folders import SUFFIXES, walk
 from scripts.common.data.source import Picture, Source, Split, numbered, renumbered, split_in
 from scripts.common.errors import ScriptError
 from scripts.common.progress import require
 
 IMAGES, LABELS = ("image", "img", "picture"), ("label", "labels", "fine_label", "class")
-
-
-def parquet_files(path: Path) -> list[Path]:
-    """Returns the Parquet files of a path: the file itself, or those in a folder and in the folders in it.
-
-    Raises ScriptError if the folder has pictures, too.
-    """
-    if path.is_file():
-        return [path] if path.suffix == ".parquet" else []
-    files = [folder / name for folder, _, names in walk(path) for name in names]
-    found = sorted(file for file in files if file.suffix == ".parquet")
-    if found and (pictures := [file for file in files if file.suffix.lower() in SUFFIXES]):
-        raise ScriptError(
-            f"{path} has Parquet files, such as {found[0].relative_to(path)}, and pictures, such as "
-            f"{pictures[0].relative_to(path)}. Choose a folder that has only one of these kinds"
-        )
-    return found
 
 
 def read_parquet(root: Path, files: list[Path]) -> Source:
@@ -38,15 +20,21 @@ def read_parquet(root: Path, files: list[Path]) -> Source:
     names: tuple[str, ...] | None = None
     texts: dict[str, int] = {}
     for path in files:
+        path.open("rb").close()  # raises OSError if the file must not be read
         try:
             table = pq.read_table(path)
         except (OSError, ValueError) as error:  # pyarrow's exceptions are subclasses
-            raise ScriptError(f"{path} is not a Parquet file, or is damaged") from error
+            raise ScriptError(f"{path} is not a Parquet file, or is damaged. Download or write it again") from error
         image, label = (_column(path, table.column_names, known) for known in (IMAGES, LABELS))
-        names = names or _names_of(table.schema, label)
+        its_names = _names_of(table.schema, label)
+        if path != files[0] and its_names != names:  # The numbers would have other meanings.
+            raise ScriptError(
+                f"{files[0]} and {path} do not have the same class names in the same order. Write both with the same"
+            )
+        names = its_names
         for number, (content, value) in enumerate(zip(table[image], table[label], strict=True)):
             place = f"{path}, row {number}"
-            known = _label_of(place, value.as_py(), texts, may_be_text=bool(texts) or not pictures)
+            known = _label_of(place, _value_of(place, value), texts, may_be_text=bool(texts) or not pictures)
             pictures.append(Picture(place, splits[path], known, partial(_bytes_of, place, content)))
     if texts:
         names = tuple(sorted(texts))
@@ -94,8 +82,16 @@ def _names_of(schema: Any, label: str) -> tuple[str, ...] | None:
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(map(str, features[label]["names"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
+
+
+def _value_of(place: str, scalar: Any) -> Any:
+    """Returns the Python value of a value of pyarrow. Raises ScriptError if there is none, as for damaged text."""
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError) as error:
+        raise ScriptError(f"{place} cannot be read ({type(error).__name__}). Write the file again") from error
 
 
 def _label_of(place: str, value: Any, texts: dict[str, int], *, may_be_text: bool) -> int:
@@ -110,7 +106,7 @@ def _label_of(place: str, value: Any, texts: dict[str, int], *, may_be_text: boo
 
 
 def _bytes_of(place: str, content: Any) -> bytes:
-    value = content.as_py()
+    value = _value_of(place, content)
     value = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(value, bytes):
         raise ScriptError(f"{place} has no picture file. Store the content of the file in the column, not its path")

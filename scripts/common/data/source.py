@@ -1,6 +1,7 @@
 """What every reader of pictures returns: the names of the classes, and the pictures before they are decoded."""
 
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -121,8 +122,12 @@ def check_names(names: Collection[str], place: str) -> tuple[str, ...]:
             )
     known: dict[str, str] = {}
     for name in names:
-        if (other := known.get(name.casefold())) is not None:
-            how = "have the same name" if other == name else "differ only in case"
-            raise ScriptError(f"{place}: the classes {other!r} and {name!r} {how}. Rename one of them")
-        known[name.casefold()] = name
+        key = unicodedata.normalize("NFC", name).casefold().strip()
+        if (other := known.get(key)) is not None:
+            how = "differ only in case" if other.casefold() == name.casefold() else "look the same"
+            raise ScriptError(
+                f"{place}: the classes {other!r} and {name!r} {'have the same name' if other == name else how}. "
+                "Rename one of them"
+            )
+        known[key] = name
     return tuple(names)

@@ -46,6 +46,16 @@ def test_terminal_with_rich_shows_a_bar(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "s left" not in shown
 
 
+def test_long_line_on_a_terminal_is_not_broken_or_changed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    line = f"serve it: scripts/serve --model flowers={'a-long-folder/' * 10}[red]:cat:.safetensors"
+    with Reporter() as reporter:
+        reporter.line(line)
+    assert line in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signal_stops_the_script_with_its_message(
     number: signal.Signals, status: int, capsys: pytest.CaptureFixture[str]

@@ -1,15 +1,19 @@
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from model.sampler import Guidance
 from model.unet import UNet
 from scripts.common.data.data_set import DataSet, ImageSet
+from scripts.common.data.source import MAX_CLASSES
 from scripts.common.errors import ScriptError
-from scripts.training.recipe import load_recipe, preset_names
+from scripts.training.auto import WIDTHS, WIDTHS_OF_THREE_LEVELS
+from scripts.training.recipe import Recipe, load_recipe, preset_names
 from tests.scripts.tiny_training import COSINE, NUM_STEPS
 
 
@@ -177,10 +181,24 @@ def test_recipe_that_is_not_text_is_rejected(tmp_path: Path) -> None:
     assert "is not valid TOML" in error_of(str(tmp_path / "binary.toml"))
 
 
+def many(num_classes: int, size: int) -> DataSet:
+    images = ImageSet(torch.zeros(1, 3, size, size).expand(num_classes, -1, -1, -1), torch.arange(num_classes))
+    return DataSet("many", tuple(f"class {label}" for label in range(num_classes)), images, images, images)
+
+
 def test_more_classes_than_the_service_can_load_are_refused_before_the_training() -> None:
-    images = ImageSet(torch.zeros(1, 3, 64, 64).expand(400, -1, -1, -1), torch.arange(400))
-    names = tuple(f"class {label}" for label in range(400))
-    with pytest.raises(ScriptError, match="At most 234 classes are possible with these widths"):
-        load_recipe("auto", DataSet("many", names, images, images, images))
-    fewer = DataSet("some", names[:234], images.rows(images.labels < 234), images, images)
-    assert load_recipe("auto", fewer).unet.num_classes == 234
+    assert load_recipe("default", many(323, 32)).unet.num_classes == 323
+    with pytest.raises(ScriptError, match="At most 323 classes are possible with these widths"):
+        load_recipe("default", many(324, 32))
+
+
+@pytest.mark.parametrize("size", [28, 64])
+def test_network_is_as_wide_as_the_number_of_classes_permits(size: int) -> None:
+    widths = WIDTHS_OF_THREE_LEVELS if size == 64 else WIDTHS
+    for most, (first, *others) in widths.items():
+        recipe = load_recipe("auto", many(most, size))
+        assert recipe.unet.widths == (first, *others)
+        if most < MAX_CLASSES:
+            assert load_recipe("auto", many(most + 1, size)).unet.widths[0] < first
+            with pytest.raises(ValidationError, match=f"At most {most} classes"):
+                Recipe.model_validate(recipe.model_dump() | {"unet": asdict(recipe.unet) | {"num_classes": most + 1}})

@@ -1,4 +1,6 @@
 import os
+import struct
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -179,3 +181,108 @@ def test_error_in_a_zip_file_names_the_whole_path(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(f"animals/train/{NAMES[0]}/bad.png", b"")
     assert "data.zip/animals/train/cat/bad.png: The file is empty" in message(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "empty", "expected"),
+    [
+        (("cats/1.png", "cats/2.png"), "dogs", "the folder dogs"),
+        (("cats/1.png", "cats/2.png", "dogs/.DS_Store"), "", "the folder dogs"),
+        (("train/cats/1.png", "train/cats/2.png"), "train/dogs", "the folder train/dogs"),
+        (("train/cats/1.png", "train/cats/2.png"), "test/cats", "the folder test"),
+        (("x/cats/1.png", "x/dogs/2.png"), "x/owls/old", "the folder x/owls"),
+    ],
+)
+def test_folder_of_a_class_or_a_split_without_pictures_is_refused(
+    tmp_path: Path, names: tuple[str, ...], empty: str, expected: str
+) -> None:
+    root = write(tmp_path / "data", *names)
+    (root / empty).mkdir(parents=True, exist_ok=True)
+    wanted = f"data: {expected} has no PNG, JPEG, WebP or GIF files. Add pictures, or remove it"
+    assert message(root).endswith(wanted)
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for path in sorted(root.rglob("*")):
+            archive.write(path, path.relative_to(root))
+    assert message(tmp_path / "data.zip").endswith(wanted.replace("data:", "data.zip:"))
+
+
+def test_empty_folder_within_a_class_is_ignored(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "data")
+    (root / "cat" / "old").mkdir()
+    assert load(root).class_names == NAMES
+
+
+def test_pipe_is_refused_without_reading_it(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "data")
+    os.mkfifo(root / "cat" / "9.png")
+    assert message(root).endswith("data/cat/9.png is not a file. Remove it")
+    os.mkfifo(tmp_path / "data.zip")
+    assert message(tmp_path / "data.zip").endswith("data.zip is neither a folder nor a file")
+
+
+def test_file_that_must_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *args: str) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = write_zip(tmp_path / "data.zip")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*data\.zip'"):
+        load(path)
+
+
+@pytest.mark.parametrize(("first", "second"), [("é", "e\u0301"), ("e\u0301", "é")])
+def test_accents_that_are_encoded_in_two_ways_are_one_class(tmp_path: Path, first: str, second: str) -> None:
+    data = load(
+        write(tmp_path / "data", f"train/caf{first}/1.png", f"test/caf{second}/2.png", f"test/caf{first}/3.png")
+    )
+    assert data.class_names == ("café",)
+    assert (len(data.learn), len(data.test)) == (1, 2)
+
+
+def test_names_that_differ_only_in_spaces_are_refused(tmp_path: Path) -> None:
+    text = message(write(tmp_path / "data", "cat/1.png", "cat /2.png"))
+    assert text.endswith("the classes 'cat' and 'cat ' look the same. Rename one of them")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_zip_file_with_a_compression_that_cannot_be_read_in_parts_is_refused(tmp_path: Path, method: int) -> None:
+    with zipfile.ZipFile(tmp_path / "data.zip", "w", method) as archive:
+        archive.writestr("cat/0.png", encoded(pixels_of(0, 0)))
+    assert message(tmp_path / "data.zip").endswith(
+        "cat/0.png is not compressed by deflate, the usual method. Create the file again"
+    )
+
+
+def test_zip_bomb_with_a_wrong_size_is_not_decompressed(tmp_path: Path) -> None:
+    path, size = tmp_path / "data.zip", 400 * 2**20
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("cat/0.png", "w") as entry:
+        for _ in range(size // 2**20):
+            entry.write(bytes(2**20))
+    small = path.read_bytes().replace(struct.pack("<I", size), struct.pack("<I", 100))
+    path.write_bytes(small)
+    tracemalloc.start()
+    try:
+        text = message(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "data.zip/cat/0.png cannot be read (Bad CRC-32" in text
+    assert peak < size / 10
+
+
+def test_zip_file_with_a_damaged_copy_of_a_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("Äpfel/0.png", encoded(pixels_of(0, 0)))
+    content = bytearray(path.read_bytes())
+    content[30] = 0xFF  # of the name before the entry; the directory at the end has another copy
+    path.write_bytes(content)
+    assert "data.zip/Äpfel/0.png cannot be read ('utf-8' codec can't decode" in message(path)
+
+
+def test_zip_file_with_a_path_out_of_it_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.writestr("../pictures/cat/0.png", encoded(pixels_of(0, 0)))
+    assert message(tmp_path / "data.zip").endswith(
+        "../pictures/cat/0.png is outside the zip file. Create it in the folder of the pictures"
+    )

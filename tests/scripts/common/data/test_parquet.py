@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,47 @@ def test_file_without_rows_is_refused(tmp_path: Path) -> None:
     rows = {"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}
     write_table(pa.table(rows), tmp_path / "train.parquet")
     assert "has no pictures. Add at least two of each class" in message(tmp_path)
+
+
+def write_named(path: Path, names: list[str] | None, labels: list[int]) -> None:
+    """Writes pictures with numbers as labels, and the names of the classes as the package `datasets` stores them."""
+    table = pa.table({"image": [encoded(pixels_of(label, 0)) for label in labels], "label": labels})
+    features = {"label": {"names": names, "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})} if names else {}
+    write_table(table.replace_schema_metadata(metadata), path)
+
+
+@pytest.mark.parametrize("names", [["light", "dark"], ["dark"], ["dark", "light", "grey"], None])
+def test_files_whose_class_names_differ_are_refused(tmp_path: Path, names: list[str] | None) -> None:
+    for train, test in ((["dark", "light"], names), (names, ["dark", "light"])):
+        write_named(tmp_path / "train.parquet", train, [0, 1, 0, 1])
+        write_named(tmp_path / "test.parquet", test, [0, 0])
+        assert "test.parquet and " in (text := message(tmp_path))
+        assert text.endswith(
+            "train.parquet do not have the same class names in the same order. Write both with the same"
+        )
+
+
+def test_labels_that_pyarrow_cannot_convert_are_refused(tmp_path: Path) -> None:
+    image, invalid = encoded(pixels_of(0, 0)), [b"caf\xe9", b"b"]
+    text = pa.Array.from_buffers(pa.string(), 2, pa.array(invalid, pa.binary()).buffers())
+    for labels in (text, pa.array([1, 2], pa.timestamp("ns"))):
+        write_table(pa.table({"image": [image] * 2, "label": labels}), tmp_path / "train.parquet")
+        assert "train.parquet, row 0 cannot be read (" in (said := message(tmp_path))
+        assert said.endswith(". Write the file again")
+
+
+def test_class_names_that_are_nested_too_deeply_are_ignored(tmp_path: Path) -> None:
+    table = pa.table({"image": [encoded(pixels_of(label, 0)) for label in (0, 1) * 2], "label": [0, 1] * 2})
+    write_table(table.replace_schema_metadata({"huggingface": "[" * 100_000}), tmp_path / "train.parquet")
+    assert load(tmp_path).class_names == ("0", "1")
+
+
+def test_link_to_a_parquet_file_outside_is_refused(tmp_path: Path) -> None:
+    root = write_parquet(tmp_path / "data")
+    for name in ("elsewhere.parquet", "missing.parquet"):
+        (root / "train-1.parquet").unlink(missing_ok=True)
+        (root / "train-1.parquet").symlink_to(tmp_path / name)
+        (tmp_path / "elsewhere.parquet").write_bytes(b"x")
+        wanted = "a file outside" if name == "elsewhere.parquet" else "a file that does not exist. Remove it"
+        assert f"data/train-1.parquet is a link to {wanted}" in message(root)
