@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from app.tasks.images import file_name_of
+from app.tasks.labels import folded_name
 from model.files import write_atomically
 from model.png import MAX_SCALE, ClipProvenance, Provenance, encode_pixels
 from scripts.common.arguments import Parser, add_drawing_arguments, from_arguments, given_options, integer
@@ -93,8 +94,10 @@ def choose_labels(asked: list[str], class_names: Sequence[str]) -> list[int]:
     """
     known = {str(label): label for label in range(len(class_names))}
     known |= {name: label for label, name in enumerate(class_names)}  # A name has priority over a number.
+    folded = {folded_name(name): name for name in reversed(class_names)}
     labels: list[int] = []
-    for text in asked:
+    for given in asked:
+        text = given if given in known else folded.get(folded_name(given), given)
         if text not in known and text != "all":
             raise ScriptError(f"--label {text}: must be 0 to {len(class_names) - 1}, the name of a class, or all")
         labels += [known[text]] if text in known else range(len(class_names))

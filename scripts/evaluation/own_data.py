@@ -104,8 +104,10 @@ def own_classifier(kind: str, data: DataSet, path: Path | None, reporter: Report
     key = json.dumps([RELEASE, kind, recipe, data.class_names, data.digest])
     cached = step_cache() / "classifiers" / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     try:
-        return load_classifier(kind, cached)
-    except ScriptError:  # It is missing, or damaged.
+        trained = load_classifier(kind, cached)
+        check_classes(trained, data, cached)
+        return trained
+    except ScriptError:  # It is missing, damaged, or the file of other data.
         train_and_save(kind, cached, data, reporter, recipe)
         return load_classifier(kind, cached)
 

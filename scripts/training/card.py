@@ -6,7 +6,7 @@ import shlex
 from scripts.common.data.data_set import DataSet
 from scripts.common.data.first_look import lines_about
 from scripts.training.auto import describe
-from scripts.training.run import MODEL, Run
+from scripts.training.run import MODEL, Run, earlier_data
 
 CARD, CURVES = "README.md", "losses.png"
 MOST_NAMED = 10  # classes in the first sentence
@@ -49,8 +49,9 @@ and `--checkpoint`, or for MNIST `python -m scripts.evaluate digits`."""
 
 def _data(run: Run, data: DataSet) -> str:
     lines = "\n".join(f"- {line}" for line in lines_about(data))
-    learned = run.start.config.training.get("data") if run.start else None
-    before = f" The weights from which it started had learned from: {learned}." if learned else ""
+    facts = run.start.config.training if run.start else {}
+    learned = dict.fromkeys(each for each in [*earlier_data(facts), facts.get("data")] if each)
+    before = f" The weights from which it started had learned from: {'; '.join(learned)}." if learned else ""
     return f"""## Training data
 
 {lines}

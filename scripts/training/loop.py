@@ -22,7 +22,7 @@ from scripts.common.progress import Reporter, is_installed
 from scripts.training.auto import AUTO, choices_for, describe
 from scripts.training.card import CARD, CURVES, card
 from scripts.training.objective import DenoisingObjective
-from scripts.training.recipe import Recipe, load_recipe
+from scripts.training.recipe import Recipe, is_for_distillation, load_recipe
 from scripts.training.run import MODEL, STATE, Run
 from scripts.training.tensorboard import TENSORBOARD, tensorboard_writer
 from scripts.training.trainer import EpochResult, Trainer
@@ -72,7 +72,7 @@ class TrainingRequest:
 
 def train_on(request: TrainingRequest, load: Callable[[], DataSet], reporter: Reporter) -> None:
     """Trains the network of the preset on the data that `load` returns. Raises ScriptError if it cannot start."""
-    if request.preset != AUTO and request.load_recipe().distillation:
+    if is_for_distillation(request.preset):
         raise ScriptError(f"the preset {request.preset} is for distillation. Use it with scripts.distil")
     start = checkpoint.load(request.start_from) if request.start_from else None
     check_folder(request)
@@ -106,7 +106,12 @@ def train_on(request: TrainingRequest, load: Callable[[], DataSet], reporter: Re
 
 
 def check_folder(request: TrainingRequest) -> None:
-    """Raises ScriptError if the training would replace the checkpoint of a finished run, or the one it starts from."""
+    """Raises ScriptError if the training would replace the checkpoint of a finished run, or the one it starts from.
+
+    Also raises it if the service could not load the checkpoint, because a comma in its settings separates models.
+    """
+    if "," in str(request.out):
+        raise ScriptError(f"--out {request.out}: the path must not have a comma, because the service cannot load it")
     if request.start_from and request.start_from.resolve().parent == request.out.resolve():
         raise ScriptError(f"--start-from is in {request.out}, where the training replaces it. Use another --out folder")
     if (request.out / CARD).exists() and not (request.out / STATE).exists():
@@ -144,10 +149,15 @@ def first_weights(loaded: Checkpoint, recipe: Recipe, name: str) -> dict[str, Te
 
 
 def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float | None = None) -> None:
-    """Runs the remaining epochs.
+    """Runs the remaining epochs. Raises ScriptError if another process trains in the same folder.
 
     After `time_limit` minutes it saves the state and stops, but not before the end of the first epoch.
     """
+    with run.exclusive():
+        _train(trainer, run, reporter, time_limit=time_limit)
+
+
+def _train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float | None) -> None:
     start = time.perf_counter()
     end = start + 60 * time_limit if time_limit else math.inf
     if run.resume(trainer):

@@ -166,6 +166,14 @@ def preset_names(*, of_students: bool | None = None) -> list[str]:
     return [name for name in names if of_students in (None, load_recipe(name).distillation is not None)]
 
 
+def is_for_distillation(preset: str) -> bool:
+    """Returns True if a preset has a table `distillation`. Raises ScriptError.
+
+    The other values are not checked, because some are valid only for images of the size of the data.
+    """
+    return preset != AUTO and "distillation" in _read(preset, depth=0)
+
+
 def load_recipe(
     preset: str, data: DataSet | None = None, epochs: int | None = None, teacher: CheckpointConfig | None = None
 ) -> Recipe:

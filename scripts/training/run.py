@@ -11,10 +11,13 @@ teacher/           of a distillation: the images that the teacher generated
 """
 
 import csv
+import fcntl
 import io
 import math
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,23 @@ class Run:
         identity = {"recipe": recipe, "seed": self.seed, "data": digest_in(self.data)}
         identity |= {"start": self.start.weights_sha256} if self.start else {}
         return identity if self.class_names == DIGITS else identity | {"class_names": self.class_names}
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Locks the folder, so that two processes do not replace each other's files.
+
+        Raises ScriptError if another process has locked it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ScriptError(f"another process trains in {self.folder}. Use another --out folder") from error
+            yield
+        finally:
+            os.close(folder)  # also unlocks it, as the end of the process does
 
     def resume(self, trainer: Trainer) -> bool:
         """Restores the trainer to the last saved state. Returns False if the folder has no state yet.

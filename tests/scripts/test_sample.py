@@ -465,6 +465,7 @@ def test_clip_model_is_refused_for_a_picture_without_clip_guidance(
     assert "--clip-model has no effect" in said
 
 
-def test_class_with_the_name_all_can_be_chosen() -> None:
+def test_names_of_classes_are_found_as_the_service_finds_them() -> None:
     assert sample.choose_labels(["all"], ("some", "all")) == [1]
     assert sample.choose_labels(["all"], ("some", "none")) == [0, 1]
+    assert sample.choose_labels(["CAFE\u0301", "cafe\u0301"], ("x", "café")) == [1]

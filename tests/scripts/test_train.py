@@ -1,6 +1,8 @@
 import csv
 import errno
+import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -363,6 +365,8 @@ def test_training_from_a_checkpoint_of_other_pictures_says_so_and_stores_it(
     )
     assert second["earlier_data"] == [first]
     assert third["earlier_data"] == [first, second["data"]]
+    card = (tmp_path / "third" / "README.md").read_text("utf-8")
+    assert f"had learned from: {first}; {second['data']}." in card
 
 
 def test_start_from_another_network_gives_a_one_line_error(
@@ -552,6 +556,39 @@ def test_resumed_run_removes_what_a_killed_process_has_left(tmp_path: Path) -> N
         (out / name).write_bytes(b"x")
     train.main(own(out, data))
     assert sorted(path.name for path in out.iterdir()) == files
+
+
+def test_second_process_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, data = tmp_path / "out", write_folder(tmp_path / "data")
+    out.mkdir()
+    other = os.open(out, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(SystemExit):
+        train.main(own(out, data))
+    assert capsys.readouterr().err == f"train: another process trains in {out}. Use another --out folder\n"
+    assert not (out / "model.safetensors").exists()
+    os.close(other)
+    train.main(own(out, data))
+
+
+def test_folder_that_the_service_cannot_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(own(tmp_path / "a,b", write_folder(tmp_path / "data")))
+    assert "a,b: the path must not have a comma, because the service cannot load it" in capsys.readouterr().err
+    assert not (tmp_path / "a,b").exists()
+
+
+def test_printed_choices_are_a_recipe_with_the_same_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_folder(tmp_path / "data")
+    train.main(own(tmp_path / "auto", data, "--image-size=40", "--epochs=1"))
+    printed = capsys.readouterr().out.partition("chosen for this data: ")[2].splitlines()[0]
+    assert "unet.widths = [64, 96, 128]" in printed  # images of 28x28 pixels, as those of MNIST, cannot have them
+    lines = re.sub(r", (?=[a-z_.]+ = )", "\n", printed)
+    (tmp_path / "mine.toml").write_text(f'base = "default"\n{lines}\n')
+    preset = f"--preset={tmp_path / 'mine.toml'}"
+    train.main(own(tmp_path / "mine", data, "--image-size=40", "--epochs=1", preset))
+    mine, auto = (tmp_path / name / "losses.csv" for name in ("mine", "auto"))
+    assert mine.read_text() == auto.read_text()
 
 
 def test_run_folder_can_have_a_name_that_is_not_utf8(tmp_path: Path) -> None:

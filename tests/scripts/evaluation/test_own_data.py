@@ -1,6 +1,7 @@
 """Evaluates fake networks that return chosen images, so that the expected figures are known."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -204,7 +205,7 @@ def test_classifier_of_own_data_does_not_overwrite_the_shipped_ones(
     assert "--data needs --out" in line
 
 
-def test_damaged_classifier_in_the_cache_is_trained_again(
+def test_classifier_in_the_cache_that_is_damaged_or_of_other_classes_is_trained_again(
     folder: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UNFOG_CACHE_DIR", str(tmp_path / "cache"))
@@ -212,6 +213,10 @@ def test_damaged_classifier_in_the_cache_is_trained_again(
     before = run(folder, tmp_path / "out", "--num-images=60")
     for path in (tmp_path / "cache/classifiers").iterdir():
         path.write_bytes(path.read_bytes()[:1000])
+    assert run(folder, tmp_path / "out", "--num-images=60") == before
+    for path in (tmp_path / "cache/classifiers").iterdir():
+        of_digits = f"scripts/evaluation/weights/{path.stem.partition('-')[0]}.safetensors"
+        shutil.copy(of_digits, path)
     assert run(folder, tmp_path / "out", "--num-images=60") == before
 
 
