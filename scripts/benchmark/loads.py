@@ -12,6 +12,7 @@ from scripts.benchmark.clients import RequestMaker, RequestSpec
 LARGEST_REQUEST = 64
 PUBLISHED: dict[str, dict[str, Any]] = {  # evaluated settings: folder in docs/results/final -> fields of the request
     "ddpm": {},
+    "dpmpp-50": {"sampler": "dpmpp", "num_steps": 50},
     "dpmpp-20": {"sampler": "dpmpp", "num_steps": 20},
     "dpmpp": {"sampler": "dpmpp", "num_steps": 10},
     "dpmpp-off": {"sampler": "dpmpp", "num_steps": 10, "guidance_scale": 1},
