@@ -48,8 +48,11 @@ def evaluate_pictures(
                 (drawer.class_names, drawer.checkpoint.image_shape),
             )
         )
+        pairs = zip(pictures.class_names, drawer.class_names, strict=False)
+        first = next((f". The class {mine!a} is {its!a} there" for mine, its in pairs if mine != its), "")
         raise ScriptError(
-            f"--data has {own}, but the checkpoint has {learned}. Give the data on which the checkpoint was trained"
+            f"--data has {own}, but the checkpoint has {learned}{first}. Give the data on which the checkpoint was "
+            "trained"
         )
     for warning in repeated_images(pictures):
         reporter.line(warning)

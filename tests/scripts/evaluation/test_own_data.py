@@ -196,6 +196,7 @@ def test_checkpoint_with_other_classes_than_the_data_is_refused(
         capsys, evaluate.main, ["pictures", f"--data={other}", f"--checkpoint={folder / 'tiny.safetensors'}"]
     )
     assert "--data has 3 classes ('blue' to 'violet') and images of 3x12x12, but the checkpoint has 3 classes" in line
+    assert line.endswith(". The class 'violet' is 'red' there. Give the data on which the checkpoint was trained")
 
 
 def test_classifier_of_own_data_does_not_overwrite_the_shipped_ones(
