@@ -163,7 +163,7 @@ def preset_names(*, of_students: bool | None = None) -> list[str]:
     `of_students` True selects the presets for distillation, False the others, None all.
     """
     names = sorted(path.stem for path in PRESETS.glob("*.toml"))
-    return [name for name in names if of_students in (None, load_recipe(name).distillation is not None)]
+    return [name for name in names if of_students in (None, is_for_distillation(name))]
 
 
 def is_for_distillation(preset: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from scripts.common.data.folders import METHODS
+from scripts.common.data.folders import ZIP_METHODS
 from scripts.common.data.source import MAX_CLASSES, Picture, Source, Split, numbered, split_in
 from scripts.common.errors import ScriptError
 
@@ -29,7 +29,7 @@ def read_npz(path: Path) -> Source:
     try:
         with zipfile.ZipFile(path) as archive:
             _check_size(path, sum(entry.file_size for entry in archive.infolist()))
-            if any(entry.compress_type not in METHODS for entry in archive.infolist()):
+            if any(entry.compress_type not in ZIP_METHODS for entry in archive.infolist()):
                 raise ScriptError(f"{path} is not compressed by deflate. Save it with numpy.savez_compressed")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: np.asarray(file[name]) for name in file.files}

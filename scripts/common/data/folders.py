@@ -23,7 +23,7 @@ FORMATS = "PNG, JPEG, WebP or GIF"
 MAX_FILE_BYTES = 64 * 2**20
 UTF8_FLAG = 0x800  # of a zip entry: its name is UTF-8
 # Python decompresses a part of an entry with other methods without a limit, however large the part becomes.
-METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 LAYOUT = "Put the pictures of each class into a folder with the name of the class"
 
 
@@ -57,7 +57,7 @@ def read_zip(path: Path) -> Source:
         inside = PurePosixPath(name)
         if ".." in inside.parts:
             raise ScriptError(f"{path}: {name} is outside the zip file. Create it in the folder of the pictures")
-        if entry.compress_type not in METHODS:
+        if entry.compress_type not in ZIP_METHODS:
             raise ScriptError(f"{path}: {name} is not compressed by deflate, the usual method. Create the file again")
         if name.endswith("/"):
             folders.append(inside)
