@@ -157,7 +157,7 @@ class Admission:
         has_use = backlog.num_reserved or backlog.has_small_and_large
         paid = self._paid_rows() if at_risk and has_use else []
         if backlog.is_changed or self._selected_with != (limits, at_risk, paid):
-            share = limits.share(len(backlog), backlog.fewest_images, first_round=0)
+            share = limits.least_share(len(backlog), backlog.fewest_images)
             has_unpaid = at_risk and backlog.num_reserved > 0  # such rows may have to wait
             if has_unpaid or not backlog.join(share, limits.rows):
                 backlog.replace_batch(self._select(limits, at_risk, paid))

@@ -115,6 +115,14 @@ class StepLimits:
             return min(self.evaluations, short)
         return self.evaluations
 
+    def least_share(self, num_jobs: int, fewest_images: int) -> int:
+        """Returns a size that is at most `share`, whatever the first round is.
+
+        A larger first round can make the step longer or shorter, because more jobs then have an equal share that is
+        large enough. In this case, the step has at least `num_jobs * fewest_images` evaluations.
+        """
+        return self.evaluations if num_jobs < 2 else min(self.evaluations, max(self.short, num_jobs * fewest_images))
+
 
 def _longest_seconds(times: StepTimes, kind: StepKind, most: int) -> list[float]:
     """Returns the longest durations of steps of 0 to `most` evaluations, with one network call.

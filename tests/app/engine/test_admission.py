@@ -7,6 +7,7 @@ import pytest
 
 from app import errors
 from app.engine.admission import RECOVERY_SECONDS, Admission, _shortest_wait
+from app.engine.batcher import select_rows
 from app.engine.job import Job
 from app.engine.step_times import StepTimes
 from tests.app.fakes import image, new_job
@@ -333,3 +334,14 @@ def test_step_has_at_most_the_rows_of_the_runner(max_batch: int | None, expected
     admission.open(STEP_TIMES.copy(), max_rows=6)
     admit_all(admission, job(64, timeout=1e6))
     assert len(admission.select(NOW)) == admission.max_batch == expected
+
+
+@pytest.mark.parametrize(("counts", "expected"), [((2, 3), 4), ((5, 6), 5), ((1, 1, 1), 3), ((2,), 2)])
+def test_first_step_of_new_jobs_has_the_rows_of_the_rule_of_short_steps(counts: tuple[int, ...], expected: int) -> None:
+    admission = Admission(1024, None)
+    admission.open(StepTimes({1: 1e-3, 4: 4e-3, 5: 4.1e-3}))  # a full step has 5 evaluations, a short one 3
+    jobs = admit_all(admission, *map(job, counts))
+    rows = admission.select(0.0)
+    assert len(rows) == expected
+    limits = admission._limits_for(admission.backlog.step_kind())
+    assert set(rows) == set(select_rows(jobs, limits, at_risk=False))
