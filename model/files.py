@@ -27,6 +27,18 @@ def write_atomically(path: Path, data: bytes) -> None:
             raise
 
 
+def check_writable(folder: Path) -> None:
+    """Creates the folder if it does not exist. Raises OSError if no file can be written in it.
+
+    Call it before work whose result is lost if it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes compact JSON and a final newline, atomically."""
     write_atomically(path, f"{json.dumps(content, separators=(',', ':'))}\n".encode())

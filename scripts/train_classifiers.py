@@ -19,7 +19,7 @@ from scripts.common.data.data_set import load_data
 from scripts.common.errors import reports_errors
 from scripts.common.progress import Reporter
 from scripts.common.stopping import stops_soon
-from scripts.evaluation.classifier_training import RECIPES, all_of_mnist, recipe_for, train_and_save
+from scripts.evaluation.classifier_training import RECIPES, all_of_mnist, own_data_for, recipe_for, train_and_save
 from scripts.evaluation.classifiers import DIGITS_SHAPE, KINDS, WEIGHTS
 
 
@@ -38,7 +38,10 @@ def main(argv: list[str] | None = None) -> None:
     with Reporter(
         lambda: "train_classifiers: stopped; the same command starts from the beginning", stop=stops_soon
     ) as reporter:
-        data = load_data(args.data, reporter, args.image_size) if args.data else all_of_mnist(args.kind, args.data_dir)
+        if args.data:
+            data = own_data_for(args.kind, load_data(args.data, reporter, args.image_size))
+        else:
+            data = all_of_mnist(args.kind, args.data_dir)
         given = {"epochs": args.epochs, "seed": args.seed, "width": args.width, "flip": args.flip or None}
         train_and_save(args.kind, path, data, reporter, recipe_for(args.kind, data, **given))
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from model.spec import DIGITS
-from scripts.common.data.data_set import DataSet, ImageSet
+from scripts.common.data.data_set import DataSet, ImageSet, leave_out
 from scripts.common.errors import ScriptError
 
 NUM_VALIDATION = 5_000
 NUM_CLASSES = 10
 UNLEARNED_OF_EACH = 1_000  # training digits of each class that extractor and CLIP do not learn
-UNLEARNED_SEED = 0
 TRAINING_DATA = f"MNIST, training split less the last {NUM_VALIDATION} images"  # describes the training data
 DATA_OF_FEATURES = f"{TRAINING_DATA}, and less {UNLEARNED_OF_EACH} images of each digit"
 # MD5 checksums of the original files after decompression.
@@ -57,15 +56,10 @@ def split_validation(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tens
 def split_unlearned(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Splits the digits of `split_validation` into those that extractor and CLIP learn, and 10,000 others.
 
-    A network that has learned one of two sets of digits sees them further apart than they are, so distances between
-    real digits are measured with digits that it has not learned. These are a random choice of all writers, 1,000 of
-    each class.
+    The others are by all writers, 1,000 of each class. `leave_out` explains why they are needed.
     """
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(UNLEARNED_SEED))
-    rows = [order[labels[order] == label] for label in range(NUM_CLASSES)]
-    unlearned = torch.cat([of_class[:UNLEARNED_OF_EACH] for of_class in rows]).sort().values
-    learned = torch.cat([of_class[UNLEARNED_OF_EACH:] for of_class in rows]).sort().values
-    return (images[learned], labels[learned]), (images[unlearned], labels[unlearned])
+    learned, unlearned = leave_out(ImageSet(images, labels), UNLEARNED_OF_EACH)
+    return (learned.images, learned.labels), (unlearned.images, unlearned.labels)
 
 
 def _find_folder(data_dir: Path) -> Path | None:

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
 from model.diffusion import Diffusion, running_average
+from model.files import check_writable
 from model.pixels import to_pixels
 from model.precision import fast_dtype
 from model.schedule import Schedule, ScheduleConfig
@@ -30,7 +31,7 @@ SHIFT_PART = 16  # images in colour are shifted by at most this part of their wi
 MAX_EMA_DECAY = 0.998  # averages over about two epochs
 
 # The extractor is trained on unchanged images, since its features must also measure slant, size and position. It leaves
-# out the digits of `split_unlearned`, with which distances between real digits are measured.
+# out the images with which distances between real images are measured (see `leave_out`).
 RECIPES = {
     "judge": {"augmented": True, "epochs": 30, "seed": 0},
     "extractor": {"augmented": False, "epochs": 20, "seed": 1, "without_unlearned": True},
@@ -52,6 +53,11 @@ def all_of_mnist(kind: str, data_dir: Path) -> DataSet:
     return replace(data, learn=ImageSet(*learn), known_as=DATA_OF_FEATURES)
 
 
+def own_data_for(kind: str, data: DataSet) -> DataSet:
+    """Returns your own data without the training images that this kind of classifier must not learn."""
+    return replace(data, learn=data.split_unlearned()[0]) if RECIPES[kind].get("without_unlearned") else data
+
+
 def recipe_for(kind: str, data: DataSet, **overrides: int | bool | None) -> dict[str, Any]:
     """Returns the recipe of RECIPES, with epochs and batch size chosen for the data unless it is MNIST."""
     recipe = dict(RECIPES[kind])
@@ -66,9 +72,12 @@ def recipe_for(kind: str, data: DataSet, **overrides: int | bool | None) -> dict
 
 
 def train_and_save(kind: str, path: Path, data: DataSet, reporter: Reporter, recipe: dict[str, Any]) -> None:
-    """Trains a classifier on the data with the recipe, and saves it with its accuracy on the test images."""
+    """Trains a classifier on the data with the recipe, and saves it with its accuracy on the test images.
+
+    Raises OSError before the training if the file cannot be written.
+    """
+    check_writable(path.parent)
     torch.manual_seed(recipe["seed"])  # for the initial weights and for dropout
-    path.parent.mkdir(parents=True, exist_ok=True)
     network = train_classifier(
         KINDS[kind](Shape(data.image_shape, len(data.class_names), recipe.get("width", Shape().width))),
         data.learn,

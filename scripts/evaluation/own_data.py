@@ -11,14 +11,14 @@ from scripts.common.data.first_look import repeated_images
 from scripts.common.drawing import DrawingRequest, open_drawer, step_cache
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
-from scripts.evaluation.classifier_training import recipe_for, train_and_save
+from scripts.evaluation.classifier_training import own_data_for, recipe_for, train_and_save
 from scripts.evaluation.classifiers import Trained, load_classifier
 from scripts.evaluation.quality import Evaluator, evaluate_samples
 from scripts.evaluation.samples import NUM_IMAGES, references_of, samples_of_drawer
 from scripts.evaluation.spaces import spaces_for_pictures
 from scripts.training.run import earlier_data
 
-RELEASE = 4  # part of the cache key; increase it when the training changes, to discard cached classifiers
+RELEASE = 5  # part of the cache key; increase it when the training changes, to discard cached classifiers
 
 
 def evaluate_pictures(
@@ -63,18 +63,19 @@ def evaluate_pictures(
             "note: the checkpoint was not trained with exactly the pictures of --data. The held-out pictures may be "
             "among those from which it learned, unless only --limit was different"
         )
-    count = count_for(pictures, num_images or NUM_IMAGES, reporter)
-    spaces = spaces_for_pictures(min(count, len(pictures.test)), reporter)
+    count, references = count_for(pictures, num_images, reporter), references_of(pictures)
+    spaces = spaces_for_pictures(min(count, len(references.real), len(references.held_out)), reporter)
     samples = samples_of_drawer(drawer, request, count, reporter)
     judges = own_classifier("judge", pictures, judge, reporter, flip=flip)
     extracts = own_classifier("extractor", pictures, extractor, reporter, flip=flip)
-    evaluator = Evaluator(references_of(pictures), judges, extracts, count, further_spaces=spaces, flip=flip)
+    evaluator = Evaluator(references, judges, extracts, count, further_spaces=spaces, flip=flip)
     evaluate_samples(samples, evaluator, reporter, out)
 
 
-def count_for(data: DataSet, wanted: int, reporter: Reporter) -> int:
-    """Returns the number of images to generate: equally many of each class, and at most as many as training images.
+def count_for(data: DataSet, wanted: int | None, reporter: Reporter) -> int:
+    """Returns the number of images to generate: equally many of each class.
 
+    The default, None, is at most NUM_IMAGES, and as many of each class as the smallest class has training images.
     Raises ScriptError for fewer images than classes, and if a class has no held-out image.
     """
     names = data.class_names
@@ -83,14 +84,15 @@ def count_for(data: DataSet, wanted: int, reporter: Reporter) -> int:
         raise ScriptError(
             f"the class {names[int(held_out.argmin())]!a} has no test image to compare with. Add at least one"
         )
-    if wanted < len(names):
+    if wanted is None:
+        each = min(NUM_IMAGES // len(names), int(learned.min()))
+    elif wanted < len(names):
         raise ScriptError(f"--num-images {wanted} is too small: each of the {len(names)} classes needs an image")
-    count = min(wanted // len(names), int(learned.min())) * len(names)
-    if count < wanted:
-        reporter.line(
-            f"Generating {count:,} images instead of {wanted:,}: the same number of each class, and at most "
-            f"{int(learned.min()):,}, the number of training images of {names[int(learned.argmin())]!a}"
-        )
+    else:
+        each = wanted // len(names)
+    count = each * len(names)
+    if count != (wanted or NUM_IMAGES):
+        reporter.line(f"Generating {count:,} images, {each:,} of each class")
     return count
 
 
@@ -103,7 +105,8 @@ def own_classifier(kind: str, data: DataSet, path: Path | None, reporter: Report
         trained = load_classifier(kind, path)
         check_classes(trained, data, path)
         return trained
-    recipe = recipe_for(kind, data, flip=flip)
+    to_learn = own_data_for(kind, data)
+    recipe = recipe_for(kind, to_learn, flip=flip)
     key = json.dumps([RELEASE, kind, recipe, data.class_names, data.digest])
     cached = step_cache() / "classifiers" / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     try:
@@ -111,7 +114,7 @@ def own_classifier(kind: str, data: DataSet, path: Path | None, reporter: Report
         check_classes(trained, data, cached)
         return trained
     except ScriptError:  # It is missing, damaged, or the file of other data.
-        train_and_save(kind, cached, data, reporter, recipe)
+        train_and_save(kind, cached, to_learn, reporter, recipe)
         return load_classifier(kind, cached)
 
 

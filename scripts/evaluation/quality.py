@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.files import write_atomically, write_json
+from model.files import check_writable, write_atomically, write_json
 from model.pixels import to_pixels
 from model.spec import DIGITS
 from scripts.common.data.data_set import ImageSet
@@ -69,12 +69,14 @@ class _HeldOut:
 class Quality:
     """Metrics of a set of images, and the same metrics of real images.
 
-    The real images are the same number of training images. Both sets are compared with held-out images. All sets have
-    the classes equally often, since a different mix would add to the distance. Fréchet distances are None for fewer
-    than tables.FEWEST_IMAGES images, and manifolds for fewer than FEWEST_COMPARED images of a class.
+    The real images are training images that the extractor has not learned. Fréchet distances and manifolds compare the
+    first `num_compared` of both sets with held-out images. All sets have the classes equally often, since a different
+    mix would add to the distance. Fréchet distances are None for fewer than tables.FEWEST_IMAGES images, and manifolds
+    for fewer than FEWEST_COMPARED images of a class.
     """
 
     num_images: int
+    num_compared: int  # the number of images, or of real ones if these are fewer
     num_held_out: int  # held-out images for distances: equally many of each class
     split: str  # split of the held-out images
     judge: Recognition
@@ -129,7 +131,10 @@ class Evaluator:
             balanced(ImageSet(values, all_held_out.labels), num_classes * fewest, num_classes)
             for values in (all_held_out.images, all_features, all_judged)
         )
-        real = balanced(references.real, num_images, num_classes)
+        # A distance depends on the number of images, so the same number of generated and of real images is compared.
+        most = num_classes * int(references.real.labels.bincount(minlength=num_classes).min())
+        self.num_compared = min(num_images, most)
+        real = balanced(references.real, self.num_compared, num_classes)
         real_features = self._features(real.images)  # (N, F)
         noise = torch.randn(real.images.shape, generator=torch.Generator().manual_seed(0))
         self.real_frechet = self._frechet(real_features, self._held_out.images)
@@ -145,28 +150,31 @@ class Evaluator:
 
     def evaluate(self, drawn: ImageSet, reporter: Reporter) -> tuple[Quality, Nearest]:
         """Returns the metrics of these images and their nearest training images."""
+        compared = slice(self.num_compared)
         with reporter.task("evaluating", 3 + len(self._held_out_in), "parts") as task:
             features, judged = self._features(drawn.images), features_of(self.judge.network, drawn.images)  # (N, F)
             task.advance(1)
-            manifold = self._manifold(features, drawn.labels)
+            manifold = self._manifold(features[compared], drawn.labels[compared])
             task.advance(1)
             nearest = nearest_learned(drawn.images, self.references.learned.images, flip=self._flip)
             task.advance(1)
             in_spaces = {}
             for held_out in self._held_out_in:
-                theirs = judged if held_out.space.name == "judge" else held_out.space.features(drawn.images)
+                is_judge = held_out.space.name == "judge"
+                theirs = judged[compared] if is_judge else held_out.space.features(drawn.images[compared])
                 frechet = self._frechet(theirs, held_out.features)
                 in_spaces[held_out.space.name] = Distance(frechet, held_out.real_frechet)
                 task.advance(1)
         quality = Quality(
             num_images=len(drawn),
+            num_compared=self.num_compared,
             num_held_out=len(self._held_out),
             split=self.references.name,
             judge=recognition_of_features(self.judge.network, judged, drawn.labels),
             real_judge=self.real_judge,
             extractor=recognition_of_features(self.extractor.network, features, drawn.labels),
             real_extractor=self.real_extractor,
-            frechet=self._frechet(features, self._held_out.images),
+            frechet=self._frechet(features[compared], self._held_out.images),
             real_frechet=self.real_frechet,
             noise_frechet=self._noise_frechet,
             in_spaces=in_spaces,
@@ -178,19 +186,19 @@ class Evaluator:
         return quality, nearest
 
     @property
-    def num_compared(self) -> int:
+    def _fewest(self) -> int:
         """The number of images in the smaller set of a distance."""
-        return min(self.num_images, len(self._held_out))
+        return min(self.num_compared, len(self._held_out))
 
     def _features(self, images: Tensor) -> Tensor:
         return features_of(self.extractor.network, images)
 
     def _frechet(self, features: Tensor, held_out: Tensor) -> float | None:
         """Returns the Fréchet distance of features (N, F) from (M, F), None if there are too few images."""
-        return None if too_few_images(self.num_compared) else frechet_distance(features, held_out)
+        return None if too_few_images(self._fewest) else frechet_distance(features, held_out)
 
     def _manifold(self, features: Tensor, labels: Tensor) -> Manifold | None:
-        if self.num_compared < FEWEST_COMPARED * len(self.references.class_names):
+        if self._fewest < FEWEST_COMPARED * len(self.references.class_names):
             return None
         return compare_manifolds(features, labels, self._held_out.images, self._held_out.labels)
 
@@ -238,7 +246,7 @@ def as_markdown(quality: Quality, class_names: tuple[str, ...] = DIGITS) -> str:
 def notes_of(quality: Quality, class_names: tuple[str, ...] = DIGITS) -> list[str]:
     """Returns notes about metrics that are missing or uncertain."""
     num_classes, real = len(class_names), quality.real_judge
-    compared = min(quality.num_images, quality.num_held_out)
+    compared = min(quality.num_compared, quality.num_held_out)
     of_each = compared // num_classes
     notes = [too_few_images(compared)]
     if num_classes == 1:
@@ -251,10 +259,16 @@ def notes_of(quality: Quality, class_names: tuple[str, ...] = DIGITS) -> list[st
             f"Too few images for precision, recall and coverage: {of_each} of each class, at least {FEWEST_COMPARED} "
             "needed."
         )
+    if quality.num_compared < quality.num_images and (quality.frechet or quality.manifold):
+        notes.append(
+            f"Distances, precision, recall and coverage are those of the first {quality.num_compared:,} images, "
+            "because there are only as many real images that the extractor has not learned."
+        )
     if quality.num_images < FEW_OF_EACH * num_classes:
         each = quality.num_images // num_classes
+        images = "1 generated image" if each == 1 else f"{each} generated images"
         notes.append(
-            f"Each class has only {each} generated images, so one image changes the share of its class by "
+            f"Each class has only {images}, so one image changes the share of its class by "
             f"{100 / each:.1f} percentage points."
         )
     if real.class_mean < GOOD_JUDGE:
@@ -318,7 +332,7 @@ def evaluate_samples(
 ) -> None:
     """Computes all metrics, prints them, and writes them and plots to the folder `out` if given."""
     if out:
-        out.mkdir(parents=True, exist_ok=True)
+        check_writable(out)
     references, (drawn, source) = evaluator.references, samples.get()
     names = references.class_names
     quality, nearest = evaluator.evaluate(drawn, reporter)

@@ -198,9 +198,10 @@ def load_references(split: str, data_dir: Path) -> References:
 
 
 def references_of(data: DataSet) -> References:
-    """Returns the training images of the data, and its test images as those to compare with, shuffled."""
-    learned, held_out = (_shuffled(each.images, each.labels) for each in (data.learn, data.test))
-    return References(learned, held_out, HELD_OUT, learned, data.class_names)
+    """Returns the training images that the extractor has not learned, and the test images to compare with, shuffled."""
+    unlearned = data.split_unlearned()[1]
+    real, held_out, learned = (_shuffled(each.images, each.labels) for each in (unlearned, data.test, data.learn))
+    return References(real, held_out, HELD_OUT, learned, data.class_names)
 
 
 def _halves(images: ImageSet) -> tuple[ImageSet, ImageSet]:

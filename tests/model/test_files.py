@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.checkpoint import CheckpointConfig, save
-from model.files import write_atomically
+from model.files import check_writable, write_atomically
 from model.schedule import ScheduleConfig
 from tests.tiny import tiny_unet
 
@@ -52,6 +52,13 @@ def test_write_creates_missing_folders_and_a_world_readable_file(tmp_path: Path)
     write_atomically(path, b"content")
     assert path.read_bytes() == b"content"
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_folder_that_cannot_be_written_is_reported_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r": '/proc/self'$"):
+        check_writable(Path("/proc/self"))
+    check_writable(tmp_path / "runs" / "new")
+    assert list((tmp_path / "runs" / "new").iterdir()) == []
 
 
 def test_full_disk_names_the_file_and_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

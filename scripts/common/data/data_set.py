@@ -25,6 +25,8 @@ LARGEST_IMAGE, USUAL_IMAGE = 64, 32  # pixels per side: the largest, and the def
 SIZE_UNIT = 4  # the network halves the image twice
 HELD_OUT_SHARE = 0.1  # of the images of each class, if the data has no test images
 HELD_OUT_SEED = 0
+UNLEARNED_SHARE, MOST_UNLEARNED = 0.25, 1_000  # of the training images of each class: the share and the number
+UNLEARNED_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,14 @@ class DataSet:
         known_as = self.known_as and f"{self.known_as}, at most {most} of each class"
         return replace(self, learn=self.learn.rows(number < most), known_as=known_as)
 
+    def split_unlearned(self) -> tuple[ImageSet, ImageSet]:
+        """Splits the training images into those from which an extractor learns, and others to measure distances with.
+
+        The others are equally many of each class: at most a share of the smallest class, which may be none.
+        """
+        fewest = int(self.learn.labels.bincount(minlength=len(self.class_names)).min())
+        return leave_out(self.learn, min(MOST_UNLEARNED, int(UNLEARNED_SHARE * fewest)))
+
     @property
     def digest(self) -> str:
         """The SHA-256 digest of all images and labels."""
@@ -87,6 +97,19 @@ class DataSet:
             digest.update(each.images.numpy().tobytes())
             digest.update(each.labels.numpy().tobytes())
         return digest.hexdigest()
+
+
+def leave_out(images: ImageSet, of_each: int) -> tuple[ImageSet, ImageSet]:
+    """Splits images into those that an extractor learns, and `of_each` random others of each class.
+
+    A network that has learned one of two sets of images sees them further apart than they are, so distances between
+    real images are measured with images that it has not learned. Both parts keep the order of the images.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(UNLEARNED_SEED))
+    is_left_out = torch.zeros(len(images), dtype=torch.bool)
+    for label in images.labels.unique():
+        is_left_out[order[images.labels[order] == label][:of_each]] = True
+    return images.rows(~is_left_out), images.rows(is_left_out)
 
 
 def digest_of(image: Tensor) -> bytes:

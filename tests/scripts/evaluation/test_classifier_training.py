@@ -1,4 +1,5 @@
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from scripts.common.data.data_set import DataSet, ImageSet
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 from scripts.evaluation import classifier_training
-from scripts.evaluation.classifier_training import augment, facts_of, shift, train_classifier
+from scripts.evaluation.classifier_training import (
+    augment,
+    facts_of,
+    recipe_for,
+    shift,
+    train_and_save,
+    train_classifier,
+)
 from scripts.evaluation.classifiers import DIGITS_SHAPE, KINDS, Classifier, Shape, accuracy, judge_for
 from tests.scripts.evaluation.bars import bars
 
@@ -132,3 +140,10 @@ def test_colour_images_are_shifted_by_whole_pixels_and_repeat_their_border() -> 
     is_lower = places // 32 > 16
     assert torch.equal(moved[is_lower, 2, 0], torch.full((int(is_lower.sum()), 32), 0.2))
     assert (moved[:, 0] == 0).all()
+
+
+def test_folder_that_cannot_be_written_is_noticed_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifier_training, "train_classifier", lambda *args, **options: pytest.fail("it has begun"))
+    data = DataSet("bars", DIGITS, bars(20, 1), bars(20, 2), bars(20, 3))
+    with Reporter() as reporter, pytest.raises(OSError, match=r"'/proc/self'$"):
+        train_and_save("judge", Path("/proc/self/judge.safetensors"), data, reporter, recipe_for("judge", data))

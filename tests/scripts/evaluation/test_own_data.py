@@ -21,18 +21,20 @@ from scripts.common.drawing import Drawer
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 from scripts.evaluation import classifier_training, own_data, tables
+from scripts.evaluation.samples import references_of
 from tests.scripts.common.data.samples import encoded
 from tests.scripts.evaluation.bars import space_of_pixels
+from tests.scripts.evaluation.test_samples import unique_images
 from tests.tiny import tiny_unet
 
-NAMES, SIZE, EACH = ("blue", "green", "red"), 12, 40
+NAMES, SIZE, EACH = ("blue", "green", "red"), 12, 80
 OTHER_NAMES = ("blue", "green", "violet")
 
 
-def write_colours(folder: Path, *, each: int = EACH, names: tuple[str, ...] = NAMES) -> Path:
+def write_colours(folder: Path, *, each: int = EACH, tests: int = EACH // 4, names: tuple[str, ...] = NAMES) -> Path:
     """Writes pictures of one noisy colour for each class, in the splits `train` and `test`."""
     generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", each), ("test", each // 2)):
+    for split, count in (("train", each), ("test", tests)):
         for label, name in enumerate(names):
             (folder / split / name).mkdir(parents=True)
             for number in range(count):
@@ -129,6 +131,29 @@ def test_copies_of_training_pictures_are_reported(
     assert any(note.startswith("100.0% of the images are nearly copies") for note in found["notes"])
 
 
+def test_real_images_of_a_distance_are_those_that_the_extractor_has_not_learned(
+    folder: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNFOG_CACHE_DIR", str(tmp_path / "cache"))
+    learned: dict[str, set[bytes]] = {}
+    train = classifier_training.train_and_save
+
+    def train_and_save(kind: str, path: Path, to_learn: DataSet, *args: Any) -> None:
+        learned[kind] = unique_images(to_learn.learn)
+        train(kind, path, to_learn, *args)
+
+    monkeypatch.setattr(own_data, "train_and_save", train_and_save)
+    draws(monkeypatch, of_each_class(data, "learn", [0, 1, 2]).repeat(2, 1, 1, 1))
+    found = run(folder, tmp_path / "out", "--num-images=120")
+    real, everything = references_of(data).real, unique_images(data.learn)
+    assert real.labels.bincount().tolist() == [EACH // 4] * 3
+    assert learned == {"judge": everything, "extractor": everything - unique_images(real)}
+    assert (found["num_images"], found["num_compared"], found["num_held_out"]) == (120, 60, 60)
+    assert found["frechet"] == pytest.approx(found["frechet_ratio"] * found["real_frechet"])
+    note = "Distances, precision, recall and coverage are those of the first 60 images, because"
+    assert any(each.startswith(note) for each in found["notes"])
+
+
 def test_classifiers_are_cached_for_each_recipe(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: DataSet
 ) -> None:
@@ -159,13 +184,30 @@ def test_few_images_have_notes_instead_of_figures(
     assert tables.as_run("small", found)[-3:] == ["-", "-", "-"]
 
 
-def test_more_images_than_training_images_are_reduced(
-    folder: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_two_pictures_of_each_class_are_evaluated_without_a_distance(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draws(monkeypatch, of_each_class(data, "test", [0, 1, 2]).repeat(2, 1, 1, 1))
-    assert run(folder, tmp_path, "--num-images=5000")["num_images"] == 3 * EACH
-    said = capsys.readouterr().out
-    assert "Generating 120 images instead of 5,000: the same number of each class, and at most 40, " in said
+    few = write_colours(tmp_path / "few", each=2, tests=1)
+    with Reporter() as reporter:
+        draws(monkeypatch, of_each_class(load_data(few, reporter), "test", [0, 1, 2]).repeat(2, 1, 1, 1))
+    found = run(folder, tmp_path / "out", f"--data={few}")
+    assert (found["num_images"], found["num_compared"]) == (6, 0)
+    assert (found["frechet"], found["manifold"], found["memorised"]) == (None, None, 0)
+
+
+@pytest.mark.parametrize(("asked", "count"), [((), 3 * EACH), (("--num-images=400",), 399)])
+def test_images_are_as_many_of_each_class_as_training_images_unless_a_number_is_given(
+    folder: Path,
+    data: DataSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    asked: tuple[str, ...],
+    count: int,
+) -> None:
+    draws(monkeypatch, of_each_class(data, "test", [0, 1, 2]).repeat(7, 1, 1, 1))  # 420 images
+    assert run(folder, tmp_path, *asked)["num_images"] == count
+    assert f"Generating {count} images, {count // 3} of each class" in capsys.readouterr().out
 
 
 def test_own_judge_is_used_and_one_for_other_classes_is_refused(

@@ -316,3 +316,13 @@ def test_several_bad_pictures_are_counted_in_one_error(tmp_path: Path) -> None:
     assert message(root).endswith(
         "dog/0.png: The file is empty. Remove or replace this picture. 2 other pictures cannot be used either"
     )
+
+
+@pytest.mark.parametrize("each", [1, 3, 4, 8])
+def test_a_quarter_of_the_smallest_class_is_left_out_of_each_class(each: int) -> None:
+    labels = torch.cat([torch.arange(3).repeat(each), torch.zeros(5, dtype=torch.int64)])
+    images = torch.arange(len(labels), dtype=torch.uint8)[:, None, None, None]
+    everything = ImageSet(images, labels)
+    learned, left_out = DataSet("x", ("a", "b", "c"), everything, everything, everything).split_unlearned()
+    assert left_out.labels.bincount(minlength=3).tolist() == [each // 4] * 3
+    assert sorted(torch.cat([learned.images, left_out.images]).flatten().tolist()) == images.flatten().tolist()
