@@ -1,1 +1,23 @@
 """Command-line programs for training, sampling, evaluation, plots and measurements. They import `app` and `model`."""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Handles Ctrl-C. Importing torch takes seconds, and a program that is stopped meanwhile has nothing to lose.
+
+    When the imports have ended, so that the program has its function `main`, this raises KeyboardInterrupt.
+    """
+    if hasattr(sys.modules["__main__"], "main"):
+        signal.default_int_handler(number, frame)
+    (module,) = [argument for argument in sys.orig_argv if "scripts." in argument][:1] or ["scripts"]
+    os.write(2, f"\n{module.rpartition('.')[2]}: stopped before it began\n".encode())
+    os._exit(128 + number)
+
+
+# Python has not found the module to run yet, so this is `python -m scripts.…`. nohup ignores the signal.
+if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _stop)

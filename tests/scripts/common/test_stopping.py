@@ -1,12 +1,15 @@
+import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from scripts.common.stopping import stops_soon
 
+ROOT = Path(__file__).parents[3]
 LIMIT = 60  # seconds; each work below takes longer, so only the signal ends it
 PROGRAM = """
 import ctypes, signal, threading, time
@@ -85,3 +88,17 @@ def test_exception_of_the_block_is_raised_without_a_message(error: BaseException
     with pytest.raises(type(error)) as raised, stops_soon(lambda number: pytest.fail("said")):
         raise error
     assert raised.value is error
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "bench"])
+def test_program_that_is_stopped_during_its_imports_ends_with_a_line(script: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    stopped = subprocess.run(
+        [sys.executable, "-m", f"scripts.{script}"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
+    )
+    assert (stopped.returncode, stopped.stderr) == (130, f"\n{script}: stopped before it began\n")
