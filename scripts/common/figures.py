@@ -41,6 +41,13 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def can_draw(text: str) -> bool:
+    """Returns True if matplotlib's default font, which comes with matplotlib, has all characters of the text."""
+    manager, font = require("matplotlib.font_manager"), require("matplotlib.ft2font")
+    known = font.FT2Font(manager.findfont(manager.FontProperties())).get_charmap()
+    return all(ord(character) in known for character in text)
+
+
 def new_figure(width: int, height: int) -> "Figure":
     """Returns an empty white figure. The size is in pixels."""
     figure: Figure = require("matplotlib.figure").Figure(figsize=(width / DPI, height / DPI), dpi=DPI)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.spec import DIGITS
 from scripts.common.data.data_set import ImageSet
-from scripts.common.figures import Panel, draw_panels, new_figure, plain
+from scripts.common.figures import Panel, can_draw, draw_panels, new_figure, plain
 from scripts.evaluation.distances import Nearest
 from scripts.evaluation.recognition import Recognition
 
@@ -22,7 +22,10 @@ MOST_LETTERS = 12  # of a name
 
 
 def show_confusion(judged: Recognition, class_names: tuple[str, ...] = DIGITS) -> "Figure":
-    """Plots the confusion matrix. The colours show only mistakes, so that a few mistakes are visible."""
+    """Plots the confusion matrix. The colours show only mistakes, so that a few mistakes are visible.
+
+    A class whose name has characters that the font does not have is shown as its number, such as `class 3`.
+    """
     counts, num_classes = torch.tensor(judged.confusion), len(class_names)  # (K, K)
     mistakes = counts.clone().fill_diagonal_(0)
     side = min(max(440, CELL * num_classes + MARGIN), LARGEST_SIDE)
@@ -33,7 +36,10 @@ def show_confusion(judged: Recognition, class_names: tuple[str, ...] = DIGITS) -
         weight = "bold" if asked == seen else "normal"
         axes.text(seen, asked, f"{counts[asked, seen]}", ha="center", va="center", fontsize=7, fontweight=weight)
     labels = range(0, num_classes, -(-num_classes // MOST_NUMBERED))
-    shown = [plain(class_names[label][:MOST_LETTERS]) for label in labels]
+    shown = [
+        plain(name[:MOST_LETTERS]) if can_draw(name[:MOST_LETTERS]) else f"class {label}"
+        for label, name in ((label, class_names[label]) for label in labels)
+    ]
     axes.set_xticks(labels, shown, rotation=90 if max(map(len, shown)) > 2 else 0)
     axes.set_yticks(labels, shown)
     axes.set_xlabel("recognised by the judge")

@@ -7,7 +7,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from model.spec import DIGITS
 from scripts.common.data.data_set import ImageSet
+from scripts.common.figures import save_figure
 from scripts.common.progress import Reporter
 from scripts.evaluation import tables
 from scripts.evaluation.classifiers import Extractor, Judge
@@ -161,6 +163,19 @@ def test_small_set_has_a_note_instead_of_a_distance(
     enough = Evaluator(evaluator.references, evaluator.judge, evaluator.extractor, 100)
     monkeypatch.setattr(tables, "FEWEST_IMAGES", 100)
     assert not any("Fréchet" in each for each in as_json(evaluate(enough, bars(100, 5)), enough)["notes"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_class_whose_name_the_font_cannot_draw_is_shown_by_its_number(tmp_path: Path) -> None:
+    digits = bars(100, 5)
+    names = ("\u732b", "Gr\u00f6\u00dfe", *DIGITS[2:])
+    figure = show_confusion(recognition(FixedClassifier(digits.labels).eval(), digits), names)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        "class 0",
+        "Gr\u00f6\u00dfe",
+        *DIGITS[2:],
+    ]
+    save_figure(figure, tmp_path / "confusion.png", grey=False)
 
 
 def test_plots_work_for_perfect_and_for_poor_digits(evaluator: Evaluator) -> None:
