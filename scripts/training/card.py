@@ -1,15 +1,22 @@
 """The card of a trained model: README.md in the run folder, in the format of model cards of the Hugging Face Hub."""
 
 import math
+import re
 import shlex
 
 from scripts.common.data.data_set import DataSet
 from scripts.common.data.first_look import lines_about
+from scripts.common.data.source import printable
 from scripts.training.auto import describe
 from scripts.training.run import MODEL, Run, earlier_data
 
 CARD, CURVES = "README.md", "losses.png"
 MOST_NAMED = 10  # classes in the first sentence
+
+
+def markdown(text: str) -> str:
+    """Escapes the characters that have a meaning in Markdown. Names of classes and of data can have any character."""
+    return re.sub(r"[\\`*_\[\]<>|~&$]", r"\\\g<0>", printable(text))
 
 
 def card(run: Run, data: DataSet, num_parameters: int) -> str:
@@ -25,7 +32,7 @@ def _front_matter() -> str:
 
 def _introduction(run: Run, data: DataSet) -> str:
     channels, side, _ = data.image_shape
-    names, kind = data.class_names, "grey" if channels == 1 else "colour"
+    names, kind = [markdown(name) for name in data.class_names], "grey" if channels == 1 else "colour"
     shown = ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
     return (
         f"# {run.name}\n\nA diffusion model that generates {kind} images of {side}x{side} pixels. Its classes are "
@@ -48,16 +55,16 @@ and `--checkpoint`, or for MNIST `python -m scripts.evaluate digits`."""
 
 
 def _data(run: Run, data: DataSet) -> str:
-    lines = "\n".join(f"- {line}" for line in lines_about(data))
+    lines = "\n".join(f"- {markdown(line)}" for line in lines_about(data))
     facts = run.start.config.training if run.start else {}
-    learned = dict.fromkeys(each for each in [*earlier_data(facts), facts.get("data")] if each)
+    learned = dict.fromkeys(markdown(str(each)) for each in [*earlier_data(facts), facts.get("data")] if each)
     before = f" The weights from which it started had learned from: {'; '.join(learned)}." if learned else ""
     return f"""## Training data
 
 {lines}
 
-The checkpoint stores this description of the data: {data.description}.{before} The model can generate near copies of \
-these images. Do not publish the model if the images are private or if their licence forbids it."""
+The checkpoint stores this description of the data: {markdown(data.description)}.{before} The model can generate \
+near copies of these images. Do not publish the model if the images are private or if their licence forbids it."""
 
 
 def _training(run: Run, num_parameters: int) -> str:
@@ -66,9 +73,10 @@ def _training(run: Run, num_parameters: int) -> str:
     recipe = "\n".join(describe(run.recipe.model_dump(mode="json", exclude_none=True)))
     start = f" It started with the weights whose SHA-256 is {run.start.weights_sha256}." if run.start else ""
     loss = f"{best.validation_loss:.5f}"
+    epochs = "1 epoch" if len(run.results) == 1 else f"{len(run.results)} epochs"
     return f"""## Training
 
-The network has {num_parameters:,} parameters.{start} It was trained for {len(run.results)} epochs with the seed \
+The network has {num_parameters:,} parameters.{start} It was trained for {epochs} with the seed \
 {run.seed}. The checkpoint is that of epoch {best.epoch}, which had the lowest validation loss, {loss}. \
 The losses of all epochs are in `losses.csv`{curves}. The recipe, from the preset `{run.preset}`:
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from markdown_it import MarkdownIt  # installed with rich
 from PIL import Image
 
 from app.settings import Settings
@@ -70,6 +71,22 @@ def test_card_quotes_names_and_ignores_a_loss_that_is_not_a_number(tmp_path: Pat
     assert commands[0][-1] == f"my--runs-={path}"
     assert commands[1][3:6] == ["--checkpoint", path, "--label=it's"]
     assert "losses.png" not in text
+
+
+def test_names_with_special_characters_are_shown_as_they_are(tmp_path: Path) -> None:
+    names = ("*a*", "_b_", "[c](d)", "<e>", "`f`", "g|h", "~~i~~", "&amp;", "j\\_k", "l\n# m")
+    images = ImageSet(torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.arange(10))
+    data = DataSet("<odd> *data*", names, images, images, images)
+    run = Run(tmp_path / "out", "auto", load_recipe("auto", data), 0, data.description, names)
+    run.results = [EpochResult(1, 0.1, 0.05, (), 0.1)]
+    blocks = MarkdownIt().parse(card(run, data, 1))
+    shown = ["".join(part.content for part in block.children or () if part.type == "text") for block in blocks]
+    (sentence,) = (text for text in shown if "Its classes are" in text)
+    assert ", ".join(names).replace("\n", "\\n") in sentence
+    (counts,) = (text for text in shown if text.startswith("images of each class"))
+    assert all(f"{name} 1" in counts for name in names[:-1])
+    assert any(f"description of the data: {data.description}." in text for text in shown)
+    assert any("It was trained for 1 epoch with the seed 0." in text for text in shown)
 
 
 @pytest.mark.parametrize(
