@@ -17,7 +17,7 @@ from scripts.common.arguments import (
     integer,
 )
 from scripts.common.data.data_set import DataSet, load_data
-from scripts.common.data.first_look import lines_about, save_sheet
+from scripts.common.data.first_look import lines_about
 from scripts.common.errors import reports_errors
 from scripts.common.mnist import mnist_data
 from scripts.common.progress import Reporter
@@ -25,9 +25,7 @@ from scripts.common.stopping import stops_soon
 from scripts.training.auto import AUTO
 from scripts.training.loop import TrainingRequest, train_on
 from scripts.training.recipe import preset_names
-from scripts.training.run import STATE, stop_message
-
-SHEET = "data.png"
+from scripts.training.run import stop_message
 
 
 @reports_errors("train")
@@ -36,9 +34,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.image_size and not args.data:
         parser.error("--image-size needs --data")
+    if args.data:
+        check_outside(args.out, args.data)
     args.preset = args.preset or (AUTO if args.data else "default")
     with Reporter(lambda: stop_message("train", args.out), stop=stops_soon) as reporter:
-        load = partial(own_data, args.data, args.image_size, args.limit, args.out, reporter)
+        load = partial(own_data, args.data, args.image_size, args.limit, reporter)
         load = load if args.data else partial(mnist, args.data_dir, args.limit)
         train_on(from_arguments(TrainingRequest, args), load, reporter)
 
@@ -48,15 +48,11 @@ def mnist(folder: Path, limit: int | None) -> DataSet:
     return mnist_data(folder).limited(limit)
 
 
-def own_data(path: Path, image_size: int | None, limit: int | None, out: Path, reporter: Reporter) -> DataSet:
+def own_data(path: Path, image_size: int | None, limit: int | None, reporter: Reporter) -> DataSet:
     """Loads the pictures of the user like `mnist`, and says what they are. Raises ScriptError."""
-    check_outside(out, path)
     data = load_data(path, reporter, image_size).limited(limit)
     for line in lines_about(data):
         reporter.line(line)
-    if not (out / STATE).exists():  # A run that was started has the picture. The data of this one may be refused.
-        save_sheet(data, out / SHEET)
-        reporter.line(f"wrote some training images of each class to {out / SHEET}")
     return data
 
 

@@ -43,7 +43,7 @@ from scripts.training.adversary import Adversary
 from scripts.training.loop import TrainingRequest, train
 from scripts.training.objective import HeldOut, Losses, LossOf, half_mirrored
 from scripts.training.recipe import STUDENT_SAMPLER, TEACHER_SAMPLER, DistillationRecipe, Recipe
-from scripts.training.run import TEACHER
+from scripts.training.run import TEACHER, exclusive
 from scripts.training.trainer import Trainer, uses_bfloat16
 
 PART_SIZE = 2_560  # images per file
@@ -317,41 +317,41 @@ def distil(request: TrainingRequest, teacher: Path, load: Callable[[], DataSet],
     device, compiled = request.prepare()
     data = load()
     _check_data(data, loaded)
-    request.out.mkdir(parents=True, exist_ok=True)
-    end = time.perf_counter() + (60 * request.time_limit if request.time_limit else math.inf)
-    drawer = Drawer(loaded, device)
-    drawer.compile("on" if compiled else "off", reporter)
-    images = draw_images(
-        drawer,
-        distillation,
-        request.out / TEACHER,
-        reporter,
-        seed=request.seed,
-        has_time=lambda: time.perf_counter() < end,
-    )
-    if not images:
-        reporter.line("time limit reached before all images were generated; run the same command again to resume")
-        return
-    classify = _reader_of_digits(device) if data.known_as == TRAINING_DATA else None
-    if classify:
-        images = _only_readable(images, classify, device, reporter)
-    if len(images) < recipe.batch_size + distillation.num_held_out:
-        raise ScriptError(
-            f"only {len(images)} images of the teacher can be read, too few for a batch and the validation. Use a "
-            "teacher that was trained for longer, or more num_images"
+    with exclusive(request.out):
+        end = time.perf_counter() + (60 * request.time_limit if request.time_limit else math.inf)
+        drawer = Drawer(loaded, device)
+        drawer.compile("on" if compiled else "off", reporter)
+        images = draw_images(
+            drawer,
+            distillation,
+            request.out / TEACHER,
+            reporter,
+            seed=request.seed,
+            has_time=lambda: time.perf_counter() < end,
         )
-    objective = DistillationObjective(recipe, images, data.learn, device, classify=classify, compiled=compiled)
-    trainer = Trainer(recipe, objective, seed=request.seed, device=device, compiled=compiled, start=start)
-    guidance = distillation.guidance
-    learned = (
-        f"{objective.num_examples} images of the weights {loaded.weights_sha256}, "
-        f"guided by {guidance.scale:g} at t = {guidance.start} to {guidance.stop}, and {data.description}"
-    )
-    minutes_left = (end - time.perf_counter()) / 60
-    time_limit = max(minutes_left, NO_TIME) if request.time_limit else None
-    run = request.run_of(recipe, learned, loaded.config.class_names)
-    run.start = loaded
-    train(trainer, run, reporter, time_limit=time_limit)
+        if not images:
+            reporter.line("time limit reached before all images were generated; run the same command again to resume")
+            return
+        classify = _reader_of_digits(device) if data.known_as == TRAINING_DATA else None
+        if classify:
+            images = _only_readable(images, classify, device, reporter)
+        if len(images) < recipe.batch_size + distillation.num_held_out:
+            raise ScriptError(
+                f"only {len(images)} images of the teacher can be read, too few for a batch and the validation. Use a "
+                "teacher that was trained for longer, or more num_images"
+            )
+        objective = DistillationObjective(recipe, images, data.learn, device, classify=classify, compiled=compiled)
+        trainer = Trainer(recipe, objective, seed=request.seed, device=device, compiled=compiled, start=start)
+        guidance = distillation.guidance
+        learned = (
+            f"{objective.num_examples} images of the weights {loaded.weights_sha256}, "
+            f"guided by {guidance.scale:g} at t = {guidance.start} to {guidance.stop}, and {data.description}"
+        )
+        minutes_left = (end - time.perf_counter()) / 60
+        time_limit = max(minutes_left, NO_TIME) if request.time_limit else None
+        run = request.run_of(recipe, learned, loaded.config.class_names)
+        run.start = loaded
+        train(trainer, run, reporter, time_limit=time_limit)
 
 
 def _reader_of_digits(device: torch.device) -> Classify:

@@ -16,6 +16,7 @@ from model.compiled.memory import keep_freed_memory
 from model.files import write_atomically
 from model.precision import can_compile, no_compiler
 from scripts.common.data.data_set import DataSet, digest_in
+from scripts.common.data.first_look import save_sheet
 from scripts.common.errors import ScriptError
 from scripts.common.plots import plot_losses
 from scripts.common.progress import Reporter, is_installed
@@ -23,11 +24,12 @@ from scripts.training.auto import AUTO, choices_for, describe
 from scripts.training.card import CARD, CURVES, card
 from scripts.training.objective import DenoisingObjective
 from scripts.training.recipe import Recipe, is_for_distillation, load_recipe
-from scripts.training.run import MODEL, STATE, Run
+from scripts.training.run import MODEL, STATE, Run, exclusive
 from scripts.training.tensorboard import TENSORBOARD, tensorboard_writer
 from scripts.training.trainer import EpochResult, Trainer
 
 SAVE_SECONDS = 120.0  # within an epoch, the state is saved after this time
+SHEET = "data.png"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +90,25 @@ def train_on(request: TrainingRequest, load: Callable[[], DataSet], reporter: Re
         )
     weights = first_weights(start, recipe, str(request.start_from)) if start else None
     objective = DenoisingObjective(recipe, data.learn, data.validate, device)
-    request.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(recipe, objective, seed=request.seed, device=device, compiled=compiled, start=weights)
     run = request.run_of(recipe, data.description, data.class_names)
     if start:
         run.start = start
         for line in notes_about_start(start, data):
             reporter.line(line)
-    if request.tensorboard:
-        run.watch = tensorboard_writer(run.folder / TENSORBOARD)
-    train(trainer, run, reporter, time_limit=request.time_limit)
-    if trainer.epoch == recipe.epochs and not (run.folder / CARD).exists():
+    with exclusive(run.folder):
+        if not (data.known_as or (run.folder / STATE).exists()):
+            save_sheet(data, run.folder / SHEET)
+            reporter.line(f"wrote some training images of each class to {run.folder / SHEET}")
+        if request.tensorboard:
+            run.watch = tensorboard_writer(run.folder / TENSORBOARD)
+        train(trainer, run, reporter, time_limit=request.time_limit)
+        _describe(trainer, run, data)
+
+
+def _describe(trainer: Trainer, run: Run, data: DataSet) -> None:
+    """Writes the card and the curves of a finished run, unless the folder has a card."""
+    if trainer.epoch == run.recipe.epochs and not (run.folder / CARD).exists():
         num_parameters = sum(p.numel() for p in trainer.network.parameters())
         if is_installed("matplotlib"):
             plot_losses([run.folder], run.folder / CURVES)
@@ -114,7 +124,7 @@ def check_folder(request: TrainingRequest) -> None:
         raise ScriptError(f"--out {request.out}: the path must not have a comma, because the service cannot load it")
     if request.start_from and request.start_from.resolve().parent == request.out.resolve():
         raise ScriptError(f"--start-from is in {request.out}, where the training replaces it. Use another --out folder")
-    if (request.out / CARD).exists() and not (request.out / STATE).exists():
+    if (request.out / MODEL).exists() and not (request.out / STATE).exists():
         raise ScriptError(f"{request.out} has a finished run without its state. Use another --out folder")
 
 
@@ -149,15 +159,10 @@ def first_weights(loaded: Checkpoint, recipe: Recipe, name: str) -> dict[str, Te
 
 
 def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float | None = None) -> None:
-    """Runs the remaining epochs. Raises ScriptError if another process trains in the same folder.
+    """Runs the remaining epochs. No other process may use the folder of the run (see `exclusive`).
 
     After `time_limit` minutes it saves the state and stops, but not before the end of the first epoch.
     """
-    with run.exclusive():
-        _train(trainer, run, reporter, time_limit=time_limit)
-
-
-def _train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float | None) -> None:
     start = time.perf_counter()
     end = start + 60 * time_limit if time_limit else math.inf
     if run.resume(trainer):

@@ -6,6 +6,7 @@ losses.csv         one line per epoch
 epochs/NN.png      an image of each class after each epoch, generated from the same noise
 losses.png         the losses of a finished run
 README.md          the card of a finished run
+data.png           some training images of each class, of own data
 tensorboard/       losses and images for TensorBoard, with --tensorboard
 teacher/           of a distillation: the images that the teacher generated
 """
@@ -55,6 +56,24 @@ def earlier_data(facts: Mapping[str, Any]) -> list[Any]:
     return listed if isinstance(listed, list) else []
 
 
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Creates a run folder and locks it, so that two processes do not replace each other's files.
+
+    Raises ScriptError if another process has locked it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ScriptError(f"another process trains in {folder}. Use another --out folder") from error
+        yield
+    finally:
+        os.close(lock)  # also unlocks it, as the end of the process does
+
+
 class Run:
     """One training run on disk.
 
@@ -87,23 +106,6 @@ class Run:
         identity = {"recipe": recipe, "seed": self.seed, "data": digest_in(self.data)}
         identity |= {"start": self.start.weights_sha256} if self.start else {}
         return identity if self.class_names == DIGITS else identity | {"class_names": self.class_names}
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Locks the folder, so that two processes do not replace each other's files.
-
-        Raises ScriptError if another process has locked it.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ScriptError(f"another process trains in {self.folder}. Use another --out folder") from error
-            yield
-        finally:
-            os.close(folder)  # also unlocks it, as the end of the process does
 
     def resume(self, trainer: Trainer) -> bool:
         """Restores the trainer to the last saved state. Returns False if the folder has no state yet.

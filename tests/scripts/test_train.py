@@ -548,6 +548,15 @@ def test_other_data_does_not_resume_a_run(tmp_path: Path, capsys: pytest.Capture
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def test_folder_with_a_file_of_the_user_is_not_a_finished_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("my notes")
+    train.main(own(out, write_folder(tmp_path / "data")))
+    assert (out / "model.safetensors").exists()
+    assert (out / "README.md").read_text() == "my notes"
+
+
 def test_resumed_run_removes_what_a_killed_process_has_left(tmp_path: Path) -> None:
     out, data = tmp_path / "out", write_folder(tmp_path / "data")
     train.main(own(out, data))
@@ -566,7 +575,7 @@ def test_second_process_in_the_same_folder_is_refused(tmp_path: Path, capsys: py
     with pytest.raises(SystemExit):
         train.main(own(out, data))
     assert capsys.readouterr().err == f"train: another process trains in {out}. Use another --out folder\n"
-    assert not (out / "model.safetensors").exists()
+    assert list(out.iterdir()) == []
     os.close(other)
     train.main(own(out, data))
 
