@@ -1,0 +1,257 @@
+"""The schedulers of diffusers as plans: the coefficients of all steps, so that each row of a call can have its own.
+
+A scheduler of diffusers takes one timestep for a whole batch. All supported ones make steps of this form, with noise z,
+the output F of the network, and coefficients that depend on the configuration and the number of steps only:
+
+    u      = (skip x_t - scale F) / signal                  the predicted x_0
+    x_0    = clamp(u, -clip, clip)
+    x_prev = a x_t + b x_0 + c x_0_prev + d u + s z
+
+d is not 0 only for DDIM with clipping: its direction is that of the noise in the network's output, which belongs to u.
+
+Timesteps and noise levels are those of the scheduler of diffusers. Only the coefficients are computed here, with
+float64. The level of x_t = alpha x_0 + sigma eps is a pair (alpha, sigma) with alpha^2 + sigma^2 = 1.
+"""
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Level = tuple[float, float]  # alpha and sigma
+# The keys of a configuration that a plan does not support, with the values that it does.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "algorithm_type": ("dpmsolver++",),
+    "interpolation_type": ("linear",),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "solver_order": (1, 2),
+    "thresholding": (False,),
+    "use_flow_sigmas": (False,),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large"),
+}
+MOST_TIMESTEPS = 10_000  # of a training
+
+
+@dataclass(frozen=True, slots=True)
+class StepOfPlan:
+    """One step, from the timestep `t` of diffusers, which counts from 0. The module docstring has the equations."""
+
+    t: float
+    a: float
+    b: float
+    c: float
+    d: float
+    s: float
+    skip: float
+    scale: float
+    signal: float
+    clip: float = math.inf
+
+
+COLUMNS = tuple(field.name for field in fields(StepOfPlan))
+
+
+@dataclass(frozen=True, slots=True)
+class PipelinePlan:
+    """The steps of a scheduler. `table` is (num_steps, 10) float32, with the columns of COLUMNS."""
+
+    table: Tensor
+    start: float  # the first x_t is the noise multiplied by this number
+    draws_noise: tuple[bool, ...]  # for each step: diffusers draws noise, even if s is 0
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps. Each calls the network once."""
+        return len(self.table)
+
+
+class Scheduler:
+    """A scheduler of diffusers that makes plans instead of steps."""
+
+    def __init__(self, config: Mapping[str, Any], *, eta: float = 0.0, use_clipped_model_output: bool = False) -> None:
+        """`config` is the content of scheduler_config.json. The other arguments are those of DDIMPipeline.
+
+        Raises ValueError, with the key of the configuration, if it is not supported.
+        """
+        name = config.get("_class_name")
+        if not isinstance(name, str) or name not in _PLANS:
+            raise ValueError(f"_class_name is {name!r}. Supported schedulers are {', '.join(_PLANS)}")
+        for key, values in SUPPORTED.items():
+            if key in config and config[key] not in values:
+                shown = " or ".join(map(repr, values))
+                raise ValueError(f"{key} is {config[key]!r}. Supported is {shown}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be 0 to 1, got {eta}")
+        num_timesteps = config.get("num_train_timesteps", 1000)
+        if not isinstance(num_timesteps, int) or not 1 <= num_timesteps <= MOST_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps must be 1 to {MOST_TIMESTEPS}, got {num_timesteps!r}")
+        self.name, self.num_timesteps = name, num_timesteps
+        self.eta, self.use_clipped_model_output = eta, use_clipped_model_output
+        own, unknown = getattr(importlib.import_module("diffusers"), name).from_config(
+            {key: value for key, value in config.items() if not key.startswith("_")}, return_unused_kwargs=True
+        )
+        if unknown:
+            raise ValueError(f"{min(unknown)} is unknown to the installed diffusers. Install a newer release of it")
+        self._own, self.config = own, own.config
+
+    def plan(self, num_steps: int) -> PipelinePlan:
+        """Returns the plan for `num_steps` steps. Raises ValueError if the scheduler does not have so many."""
+        if not 1 <= num_steps <= self.num_timesteps:
+            raise ValueError(f"num_steps must be 1 to {self.num_timesteps}, got {num_steps}")
+        self._own.set_timesteps(num_steps)
+        steps, draws_noise = _PLANS[self.name](self)
+        if self.timesteps.count(self.timesteps[0]) > 1:  # diffusers itself would begin with the second of them
+            raise ValueError(
+                f"num_steps is {num_steps}, but the first two steps would have the same timestep. Use fewer"
+            )
+        if steps[0].signal == 0:
+            raise ValueError("rescale_betas_zero_snr needs prediction_type 'v_prediction' or 'sample'")
+        table = torch.tensor([astuple(step) for step in steps], dtype=torch.float64).float()
+        return PipelinePlan(table, self._start(), tuple(draws_noise))
+
+    @property
+    def timesteps(self) -> list[float]:
+        """The timesteps of the steps, as diffusers counts them."""
+        return [float(t) for t in self._own.timesteps]
+
+    def alpha_bar(self, t: float, end: float = 1.0) -> float:
+        """Returns the product of the alphas up to a timestep, or `end` before the first one."""
+        return float(self._own.alphas_cumprod[int(t)]) if t >= 0 else end
+
+    @property
+    def levels(self) -> list[Level]:
+        """The noise level before each step and after the last one, for schedulers that use sigma / alpha."""
+        return [(1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio)) for ratio in map(float, self._own.sigmas)]
+
+    def mix(self, level: Level) -> tuple[float, float, float]:
+        """Returns skip, scale and signal, which give u, for the kind of prediction of the network."""
+        alpha, sigma = level
+        match self.config.prediction_type:
+            case "epsilon":
+                return 1.0, sigma, alpha
+            case "v_prediction":
+                return alpha, sigma, 1.0
+        return 0.0, -1.0, 1.0
+
+    @property
+    def clip(self) -> float:
+        """The largest magnitude of x_0. It is infinite if the scheduler does not clip."""
+        return float(self.config.clip_sample_range) if self.config.clip_sample else math.inf
+
+    def _start(self) -> float:
+        """Returns the scale of the first x_t. The Euler scheduler keeps x_t / alpha, whose scale can differ from 1."""
+        if self.name != "EulerDiscreteScheduler":
+            return 1.0
+        return float(self._own.init_noise_sigma) * self.levels[0][0]
+
+
+Steps = tuple[list[StepOfPlan], list[bool]]
+
+
+def _ddpm(scheduler: Scheduler) -> Steps:
+    """Ancestral sampling with the posterior q(x_prev | x_t, x_0), Ho 2020, eq. 6 and 7.
+
+    1 - alpha_t has only a few correct digits in float32, in which diffusers computes it. It is rounded here in the same
+    way, because otherwise a step of a plan with many steps would differ by up to 1e-4.
+    """
+    steps, is_large = [], scheduler.config.variance_type == "fixed_large"
+    for t, t_prev in pairwise([*scheduler.timesteps, -1.0]):
+        alpha_bar_t, alpha_bar_prev = scheduler.alpha_bar(t), scheduler.alpha_bar(t_prev)
+        alpha_t = _float32(alpha_bar_t / alpha_bar_prev)
+        beta_t, beta_bar_t, beta_bar_prev = (_float32(1 - each) for each in (alpha_t, alpha_bar_t, alpha_bar_prev))
+        a = math.sqrt(alpha_t) * beta_bar_prev / beta_bar_t
+        b = math.sqrt(alpha_bar_prev) * beta_t / beta_bar_t
+        variance = beta_t if is_large else max(beta_bar_prev / beta_bar_t * beta_t, 1e-20)
+        s = math.sqrt(variance) if t > 0 else 0.0
+        mix = scheduler.mix((math.sqrt(alpha_bar_t), math.sqrt(beta_bar_t)))
+        steps.append(StepOfPlan(t, a, b, 0.0, 0.0, s, *mix, scheduler.clip))
+    return steps, [step.t > 0 for step in steps]
+
+
+def _ddim(scheduler: Scheduler) -> Steps:
+    """DDIM, Song 2021, eq. 12 and 16. The last step ends at `final_alpha_cumprod`."""
+    end, length = float(scheduler._own.final_alpha_cumprod), scheduler.num_timesteps // len(scheduler.timesteps)
+    steps = []
+    for t in scheduler.timesteps:
+        alpha_bar_t, alpha_bar_prev = scheduler.alpha_bar(t), scheduler.alpha_bar(t - length, end)
+        variance = (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
+        s = scheduler.eta * math.sqrt(variance)
+        a = math.sqrt(
+            (1 - alpha_bar_prev - s**2) / (1 - alpha_bar_t)
+        )  # of the direction, eps = (x_t - alpha x_0) / sigma
+        of_direction, b = -a * math.sqrt(alpha_bar_t), math.sqrt(alpha_bar_prev)
+        b, d = (b + of_direction, 0.0) if scheduler.use_clipped_model_output else (b, of_direction)
+        mix = scheduler.mix((math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)))
+        steps.append(StepOfPlan(t, a, b, 0.0, d, s, *mix, scheduler.clip))
+    return steps, [scheduler.eta > 0] * len(steps)
+
+
+def _dpmpp(scheduler: Scheduler) -> Steps:
+    """DPM-Solver++ of order 1 or 2, Lu 2022b, algorithm 2, with the correction of the solver "midpoint" or "heun"."""
+    config, levels, steps = scheduler.config, scheduler.levels, list[StepOfPlan]()
+    ends_in_first_order = (
+        config.euler_at_final
+        or config.final_sigmas_type == "zero"
+        or (config.lower_order_final and len(scheduler.timesteps) < 15)
+    )
+    h_before = math.nan
+    for k, (t, (level, level_prev)) in enumerate(zip(scheduler.timesteps, pairwise(levels), strict=True)):
+        (_, sigma_t), (alpha_prev, sigma_prev) = level, level_prev
+        h = _half_log_snr(level_prev) - _half_log_snr(level)
+        is_last = k == len(scheduler.timesteps) - 1
+        is_first_order = config.solver_order == 1 or k == 0 or (is_last and ends_in_first_order)
+        if is_first_order:
+            correction = 0.0
+        elif config.solver_type == "midpoint":
+            correction = -0.5 * alpha_prev * math.expm1(-h) * h / h_before
+        else:
+            correction = alpha_prev * (math.expm1(-h) / h + 1) * h / h_before
+        b = -alpha_prev * math.expm1(-h)
+        mix = scheduler.mix(level)
+        steps.append(StepOfPlan(t, sigma_prev / sigma_t, b + correction, -correction, 0.0, 0.0, *mix))
+        h_before = h
+    return steps, [False] * len(steps)
+
+
+def _euler(scheduler: Scheduler) -> Steps:
+    """Euler's method for the probability flow, Karras 2022, algorithm 1, for x_t instead of x_t / alpha."""
+    steps, levels = [], scheduler.levels
+    for t, (level, level_prev) in zip(scheduler.timesteps, pairwise(levels), strict=True):
+        (alpha_t, sigma_t), (alpha_prev, sigma_prev) = level, level_prev
+        a = sigma_prev / sigma_t
+        steps.append(StepOfPlan(t, a, alpha_prev - a * alpha_t, 0.0, 0.0, 0.0, *scheduler.mix(level)))
+    end, _ = levels[-1]  # the result is x_t / alpha
+    last = steps[-1]
+    steps[-1] = StepOfPlan(last.t, last.a / end, last.b / end, *astuple(last)[3:])
+    return steps, [False] * len(steps)
+
+
+def _float32(number: float) -> float:
+    return float(np.float32(number))
+
+
+def _half_log_snr(level: Level) -> float:
+    alpha, sigma = level
+    return math.log(alpha / sigma) if sigma else math.inf
+
+
+_PLANS: dict[str, Callable[[Scheduler], Steps]] = {
+    "DDPMScheduler": _ddpm,
+    "DDIMScheduler": _ddim,
+    "DPMSolverMultistepScheduler": _dpmpp,
+    "EulerDiscreteScheduler": _euler,
+}
+
+
+def pipeline_step(x_t: Tensor, x_0_prev: Tensor, output: Tensor, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns x_prev and x_0, (B, C, H, W) each, for one step of B rows. `rows` (B, 10) are rows of a plan's table."""
+    _, a, b, c, d, s, skip, scale, signal, clip = rows[:, :, None, None, None].unbind(dim=1)  # (B, 1, 1, 1) each
+    u = (skip * x_t - scale * output) / signal
+    x_0 = u.clamp(-clip, clip)
+    return a * x_t + b * x_0 + c * x_0_prev + d * u + s * z, x_0
