@@ -18,7 +18,7 @@ MAY_USE = {
     "app/": ["traces"],
     "model/": ["clip"],
     "scripts/bench": ["train", "evaluate", "bench"],
-    "scripts/": ["train", "evaluate", "clip", "parquet", "tensorboard"],
+    "scripts/": ["train", "evaluate", "clip", "diffusers", "parquet", "tensorboard"],
 }
 # The code uses private or unstable interfaces of these, so only tested minor versions are permitted.
 BOUNDED_BY_MINOR = {"torch", "uvicorn"}
