@@ -157,7 +157,7 @@ class Admission:
         has_use = backlog.num_reserved or backlog.has_small_and_large
         paid = self._paid_rows() if at_risk and has_use else []
         if backlog.is_changed or self._selected_with != (limits, at_risk, paid):
-            share = limits.least_share(len(backlog), backlog.fewest_images)
+            share = limits.share(len(backlog), backlog.fewest_images, first_round=0, all_fit=True)
             has_unpaid = at_risk and backlog.num_reserved > 0  # such rows may have to wait
             if has_unpaid or not backlog.join(share, limits.rows):
                 backlog.replace_batch(self._select(limits, at_risk, paid))
@@ -362,11 +362,14 @@ class Admission:
         if request.count > 1 or job.is_searching or first_round > max(mean, limits.evaluations // 2):
             return backlog.finish_seconds(job, full)
         fewest = 1 if backlog.jobs else limits.evaluations
-        share = limits.share(len(backlog) + 1, fewest, math.ceil(first_round))
         num_steps, clip_steps = request.options.num_steps, len(request.clip.steps) if request.clip else 0
         if backlog.step_kind().has_clip:
             clip_steps = num_steps  # a step of this image can contain a call of CLIP for the others
-        evaluations = min(share, (backlog.waiting + backlog.running + 1) * request.network_evaluations / num_steps)
+        num_rows = backlog.waiting + backlog.running + 1
+        evaluations = num_rows * request.network_evaluations / num_steps
+        all_fit = num_rows <= limits.rows and evaluations <= limits.evaluations
+        share = limits.share(len(backlog) + 1, fewest, math.ceil(first_round), all_fit=all_fit)
+        evaluations = min(share, evaluations)
         times = self.step_times
         seconds = times.slowest(kind.models).seconds(evaluations)
         seconds += times.further_calls_seconds(kind.models, limits.rows)

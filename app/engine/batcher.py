@@ -98,30 +98,27 @@ class StepLimits:
         is_wide = size > GUIDED_EVALUATIONS
         return after <= half or (is_wide and evaluations < half and after <= self.evaluations)
 
-    def share(self, num_jobs: int, fewest_images: int, first_round: int) -> int:
+    def share(self, num_jobs: int, fewest_images: int, first_round: int, *, all_fit: bool) -> int:
         """Returns the maximum number of evaluations of the next step if no target is at risk.
 
         `fewest_images` is the number of images of the smallest job. `first_round` is the number of evaluations of the
-        first round. The step is short if all images of the smallest job fit into its equal share of a short step.
-        Otherwise a short step would lower the throughput without helping that job. A short step has room for at least
-        twice the evaluations of the first round, so that several small jobs together use at most half of it.
+        first round. `all_fit` says that a full step has room for all rows.
+
+        The step is short if all images of the smallest job fit into its equal share of a short step. Otherwise a short
+        step would lower the throughput without helping that job. A short step has room for at least twice the
+        evaluations of the first round, so that several small jobs together use at most half of it. It is not enlarged
+        for this if a full step has room for all rows: eight jobs with four images each, for example, then have steps
+        with all of their rows, because half of these rows in each step would help none of them.
 
         Example without guidance: a short step has 8 evaluations. Two jobs with 64 images and 4 images get short steps,
         since 2 * 4 <= 8. Two jobs with 64 and 5 images get full steps. A job with 64 images and five jobs with one
         image get steps of 12 evaluations: twice the first round, which has one row for each of the six jobs.
         """
+        images_in_equal_shares = num_jobs * fewest_images
+        if num_jobs < 2 or (all_fit and images_in_equal_shares > self.short):
+            return self.evaluations
         short = max(self.short, 2 * first_round)
-        if num_jobs > 1 and num_jobs * fewest_images <= short:
-            return min(self.evaluations, short)
-        return self.evaluations
-
-    def least_share(self, num_jobs: int, fewest_images: int) -> int:
-        """Returns a size that is at most `share`, whatever the first round is.
-
-        A larger first round can make the step longer or shorter, because more jobs then have an equal share that is
-        large enough. In this case, the step has at least `num_jobs * fewest_images` evaluations.
-        """
-        return self.evaluations if num_jobs < 2 else min(self.evaluations, max(self.short, num_jobs * fewest_images))
+        return min(self.evaluations, short) if images_in_equal_shares <= short else self.evaluations
 
 
 def _longest_seconds(times: StepTimes, kind: StepKind, most: int) -> list[float]:
@@ -154,7 +151,9 @@ def select_rows(
     rows = list(paid) if at_risk else _first_round(jobs, limits)
     evaluations, limit = sum(row.evaluations for row in rows), limits.evaluations
     if paid or not at_risk:
-        limit = limits.share(len(jobs), 1 if paid else _fewest_images(jobs, limits), evaluations)
+        fewest = 1 if paid else _fewest_images(jobs, limits)
+        all_fit = len(jobs) * fewest > limits.short and _all_fit(jobs, limits)
+        limit = limits.share(len(jobs), fewest, evaluations, all_fit=all_fit)
     for row in _remaining_rows(jobs, rows):
         size = row.evaluations
         if rows and (evaluations + size > limit or len(rows) == limits.rows):
@@ -162,6 +161,16 @@ def select_rows(
         rows.append(row)
         evaluations += size
     return rows
+
+
+def _all_fit(jobs: Sequence[Job], limits: StepLimits) -> bool:
+    """Returns True if a full step has room for all rows that can take a step."""
+    num_rows = evaluations = 0
+    for row in _remaining_rows(jobs, ()):
+        num_rows, evaluations = num_rows + 1, evaluations + row.evaluations
+        if num_rows > limits.rows or evaluations > limits.evaluations:
+            return False
+    return True
 
 
 def _first_round(jobs: Sequence[Job], limits: StepLimits) -> list[Trajectory]:

@@ -336,7 +336,9 @@ def test_step_has_at_most_the_rows_of_the_runner(max_batch: int | None, expected
     assert len(admission.select(NOW)) == admission.max_batch == expected
 
 
-@pytest.mark.parametrize(("counts", "expected"), [((2, 3), 4), ((5, 6), 5), ((1, 1, 1), 3), ((2,), 2)])
+@pytest.mark.parametrize(
+    ("counts", "expected"), [((2, 3), 5), ((2, 4), 4), ((5, 6), 5), ((1, 1, 1), 3), ((1, 2), 3), ((2,), 2)]
+)
 def test_first_step_of_new_jobs_has_the_rows_of_the_rule_of_short_steps(counts: tuple[int, ...], expected: int) -> None:
     admission = Admission(1024, None)
     admission.open(StepTimes({1: 1e-3, 4: 4e-3, 5: 4.1e-3}))  # a full step has 5 evaluations, a short one 3

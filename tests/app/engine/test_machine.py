@@ -392,10 +392,11 @@ class AutoEngineMachine(EngineMachine):
         return max(1, self.full() // 2)
 
     def limit(self, images: list[list[Image]]) -> int:
-        short = max(3, 2 * min(len(images), self.first_round()))
         fewest = min((expected.job.request.count for expected in self.unanswered), default=0)
-        shared = len(images) > 1 and len(images) * fewest <= short
-        return min(short if shared else self.full(), self.max_rows)
+        full, short = min(self.full(), self.max_rows), max(3, 2 * min(len(images), self.first_round()))
+        all_fit = sum(map(len, images)) <= full and len(images) * fewest > 3
+        is_short = len(images) > 1 and not all_fit and len(images) * fewest <= short
+        return min(short, full) if is_short else full
 
     def full(self) -> int:
         """Returns the evaluations of a full step: five, or two for each row after a memory shortage."""
