@@ -98,12 +98,13 @@ def _files_of(folder: Path) -> _Files:
     for path in (files.config, files.scheduler):
         if not path.exists():
             raise CheckpointError(f"{folder} is not a pipeline of diffusers: it has no {path.name}")
-    if (folder / INDEX).exists():
-        _check_parts(folder / INDEX)
     if not files.weights.exists():
         raise CheckpointError(_without_weights(folder, of_network))
-    for path in (files.config, files.weights, files.scheduler):
+    index = [folder / INDEX] if (folder / INDEX).exists() else []
+    for path in (files.config, files.weights, files.scheduler, *index):
         _check_inside(path, folder)
+    for path in index:
+        _check_parts(path)
     return files
 
 

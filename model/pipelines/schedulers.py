@@ -20,7 +20,6 @@ from dataclasses import astuple, dataclass, fields
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -233,7 +232,7 @@ def _euler(scheduler: Scheduler) -> Steps:
 
 
 def _float32(number: float) -> float:
-    return float(np.float32(number))
+    return torch.tensor(number, dtype=torch.float32).item()
 
 
 def _half_log_snr(level: Level) -> float:

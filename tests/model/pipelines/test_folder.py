@@ -171,6 +171,11 @@ def save_variant(folder: Path) -> None:
     (folder / "unet" / WEIGHTS).rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
 
 
+def make_a_pipe_of_the_index(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+    os.mkfifo(folder / "model_index.json")  # reading it would never end
+
+
 def cut_weights(folder: Path) -> None:
     os.truncate(folder / "unet" / WEIGHTS, 1000)
 
@@ -196,6 +201,7 @@ def spoil_a_tensor(folder: Path) -> None:
             lambda folder: (folder / SCHEDULER).unlink(),
             "is not a pipeline of diffusers: it has no scheduler_config.json",
         ),
+        (make_a_pipe_of_the_index, "model_index.json is not a file in"),
         (lambda folder: (folder / CONFIG).write_text("[]"), "is not a JSON object of at most 1 MiB"),
         (lambda folder: (folder / CONFIG).write_text("{" * 100_000), "is not valid JSON"),
         (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe{}"), "is not valid JSON"),
