@@ -103,10 +103,11 @@ def version(name: str, folder: Path, settings: Mapping[str, str] = MappingProxyT
     """Returns the version of the service in a folder, with further settings.
 
     The number of compute threads is fixed. Otherwise a suspended service would measure its pause as time in which its
-    core was busy, and would use fewer threads.
+    core was busy, and would use fewer threads. For the same reason, its watchdog waits for long: after a pause of ten
+    seconds, on a busy machine, it would take its engine for one that hangs, and refuse requests.
     """
     service = this_service(name, folder, num_threads=str(len(os.sched_getaffinity(0))))
-    return replace(service, variables={**service.variables, **settings})
+    return replace(service, variables={**service.variables, "UNFOG_WATCHDOG_SECONDS": "3600", **settings})
 
 
 def compare_versions(
