@@ -6,10 +6,16 @@ import sys
 from types import FrameType
 
 
+def end_imports() -> None:
+    """Gives Ctrl-C its usual effect again. asyncio, for example, ends its tasks only if it finds the usual handler."""
+    if signal.getsignal(signal.SIGINT) is _stop:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     """Handles Ctrl-C. Importing torch takes seconds, and a program that is stopped meanwhile has nothing to lose.
 
-    When the imports have ended, so that the program has its function `main`, this raises KeyboardInterrupt.
+    If a program with a function `main` has not called `end_imports` yet, this raises KeyboardInterrupt.
     """
     if hasattr(sys.modules["__main__"], "main"):
         signal.default_int_handler(number, frame)
@@ -18,6 +24,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-# Python has not found the module to run yet, so this is `python -m scripts.…`. nohup ignores the signal.
+# Python has not found the module to run yet, so this is `python -m scripts.…`. A background job of a script ignores the
+# signal.
 if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _stop)

@@ -7,6 +7,7 @@ from functools import wraps
 from typing import ParamSpec
 
 from model.checkpoint import CheckpointError
+from scripts import end_imports
 from scripts.common.progress import fail
 
 P = ParamSpec("P")
@@ -26,6 +27,7 @@ def reports_errors(name: str) -> Callable[[Callable[P, None]], Callable[P, None]
     def decorate(main: Callable[P, None]) -> Callable[P, None]:
         @wraps(main)
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            end_imports()
             if isinstance(sys.stdout, io.TextIOWrapper):
                 sys.stdout.reconfigure(errors="backslashreplace")
             try:
