@@ -16,7 +16,8 @@ MOST_NAMED = 10  # classes in the first sentence
 
 def markdown(text: str) -> str:
     """Escapes the characters that have a meaning in Markdown. Names of classes and of data can have any character."""
-    return re.sub(r"[\\`*_\[\]<>|~&$]", r"\\\g<0>", printable(text))
+    text = re.sub(r"[\\`*_\[\]<>|~&$]", r"\\\g<0>", printable(text))
+    return re.sub(r"^(\s*\d*)([#+=.)-])", r"\1\\\2", text)  # at its start, these begin a heading or a list
 
 
 def card(run: Run, data: DataSet, num_parameters: int) -> str:

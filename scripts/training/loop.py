@@ -124,7 +124,7 @@ def check_folder(request: TrainingRequest) -> None:
         raise ScriptError(f"--out {request.out}: the path must not have a comma, because the service cannot load it")
     if request.start_from and request.start_from.resolve().parent == request.out.resolve():
         raise ScriptError(f"--start-from is in {request.out}, where the training replaces it. Use another --out folder")
-    if (request.out / MODEL).exists() and not (request.out / STATE).exists():
+    if all((request.out / name).exists() for name in (MODEL, CARD)) and not (request.out / STATE).exists():
         raise ScriptError(f"{request.out} has a finished run without its state. Use another --out folder")
 
 

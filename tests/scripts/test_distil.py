@@ -19,7 +19,7 @@ from scripts.common.mnist import TRAINING_DATA
 from scripts.common.progress import Reporter
 from scripts.training import distillation
 from scripts.training.distillation import IMAGE_SEED
-from scripts.training.run import Run
+from scripts.training.run import Run, exclusive
 from scripts.training.trainer import EpochResult, Trainer
 from tests.scripts.tiny_training import COSINE, NUM_STEPS, trust_idx_files, write_idx_files
 from tests.tiny import tiny_unet
@@ -129,6 +129,16 @@ def test_time_limit_during_the_images_of_the_teacher_is_reported_and_the_run_res
     assert not (tmp_path / "run" / "model.safetensors").exists()
     run(preset, teacher, tmp_path / "run")
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_folder_in_which_another_process_trains_is_refused_unchanged(
+    preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, teacher = tmp_path / "run", save_teacher(tmp_path / "teacher.safetensors")
+    with exclusive(out), pytest.raises(SystemExit):
+        run(preset, teacher, out)
+    assert capsys.readouterr().err == f"distil: another process trains in {out}. Use another --out folder\n"
+    assert list(out.iterdir()) == []
 
 
 def test_sampling_uses_the_steps_and_sampler_of_the_student(

@@ -548,6 +548,16 @@ def test_other_data_does_not_resume_a_run(tmp_path: Path, capsys: pytest.Capture
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def test_run_that_was_stopped_before_its_first_state_starts_again(tmp_path: Path) -> None:
+    out, data = tmp_path / "out", write_folder(tmp_path / "data")
+    train.main(own(out, data))
+    expected = (out / "losses.csv").read_bytes()
+    for name in ("state.pt", "README.md", "losses.csv"):  # the model is written before them
+        (out / name).unlink()
+    train.main(own(out, data))
+    assert (out / "losses.csv").read_bytes() == expected
+
+
 def test_folder_with_a_file_of_the_user_is_not_a_finished_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -14,7 +14,7 @@ from app.settings import Settings
 from scripts import train
 from scripts.common.data.data_set import DataSet, ImageSet
 from scripts.common.plots import plot_losses
-from scripts.training.card import card
+from scripts.training.card import card, markdown
 from scripts.training.recipe import load_recipe
 from scripts.training.run import Run
 from scripts.training.trainer import EpochResult
@@ -76,7 +76,7 @@ def test_card_quotes_names_and_ignores_a_loss_that_is_not_a_number(tmp_path: Pat
 def test_names_with_special_characters_are_shown_as_they_are(tmp_path: Path) -> None:
     names = ("*a*", "_b_", "[c](d)", "<e>", "`f`", "g|h", "~~i~~", "&amp;", "j\\_k", "l\n# m")
     images = ImageSet(torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.arange(10))
-    data = DataSet("<odd> *data*", names, images, images, images)
+    data = DataSet("# <odd> *data*", names, images, images, images)
     run = Run(tmp_path / "out", "auto", load_recipe("auto", data), 0, data.description, names)
     run.results = [EpochResult(1, 0.1, 0.05, (), 0.1)]
     blocks = MarkdownIt().parse(card(run, data, 1))
@@ -86,7 +86,14 @@ def test_names_with_special_characters_are_shown_as_they_are(tmp_path: Path) -> 
     (counts,) = (text for text in shown if text.startswith("images of each class"))
     assert all(f"{name} 1" in counts for name in names[:-1])
     assert any(f"description of the data: {data.description}." in text for text in shown)
+    assert any(text.startswith("# <odd> *data*: 10 classes") for text in shown)
     assert any("It was trained for 1 epoch with the seed 0." in text for text in shown)
+
+
+@pytest.mark.parametrize("text", ["# a", "- a", "+ a", "= a", "1. a", "12) a", "  ## a", "a # b - c 1. d"])
+def test_marker_of_a_block_is_shown_as_text(text: str) -> None:
+    (_, _, inline, _, _) = [*MarkdownIt().parse(f"- {markdown(text)}")[1:6]]
+    assert "".join(part.content for part in inline.children or ()) == text.strip()
 
 
 @pytest.mark.parametrize(
