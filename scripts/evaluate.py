@@ -327,8 +327,8 @@ def _add_pictures(pictures: argparse.ArgumentParser) -> None:
     pictures.add_argument(
         "--num-images",
         type=integer(1, MOST_PICTURES),
-        help="number of images; reduced so that all classes have the same number, which is at most the number of "
-        f"training images of the smallest class; default: {NUM_IMAGES}",
+        help="number of images, equally many of each class; default: as many of each class as the smallest one has "
+        f"training images, at most {NUM_IMAGES} together",
     )
     for kind in ("judge", "extractor"):
         pictures.add_argument(

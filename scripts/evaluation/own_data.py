@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from model.files import check_writable
 from model.spec import DIGITS
 from scripts.common.arguments import check_outside
 from scripts.common.data.data_set import DataSet, digest_in, load_data
@@ -38,6 +39,7 @@ def evaluate_pictures(
     """
     if out:
         check_outside(out, data)
+        check_writable(out)
     drawer = open_drawer(request)
     pictures = load_data(data, reporter, drawer.checkpoint.image_shape[1])
     if (pictures.class_names, pictures.image_shape) != (drawer.class_names, drawer.checkpoint.image_shape):
@@ -68,6 +70,11 @@ def evaluate_pictures(
     samples = samples_of_drawer(drawer, request, count, reporter)
     judges = own_classifier("judge", pictures, judge, reporter, flip=flip)
     extracts = own_classifier("extractor", pictures, extractor, reporter, flip=flip)
+    if digest_in(str(extracts.facts.get("data"))) == digest_in(pictures.description):
+        reporter.line(
+            "note: the extractor has learned all training pictures, also those of the floor, so the ratios in its "
+            "features are too low. Train it again with scripts.train_classifiers"
+        )
     evaluator = Evaluator(references, judges, extracts, count, further_spaces=spaces, flip=flip)
     evaluate_samples(samples, evaluator, reporter, out)
 

@@ -186,8 +186,8 @@ class Evaluator:
         return quality, nearest
 
     @property
-    def _fewest(self) -> int:
-        """The number of images in the smaller set of a distance."""
+    def smallest_set(self) -> int:
+        """The number of images in the smallest set of a distance."""
         return min(self.num_compared, len(self._held_out))
 
     def _features(self, images: Tensor) -> Tensor:
@@ -195,10 +195,10 @@ class Evaluator:
 
     def _frechet(self, features: Tensor, held_out: Tensor) -> float | None:
         """Returns the Fréchet distance of features (N, F) from (M, F), None if there are too few images."""
-        return None if too_few_images(self._fewest) else frechet_distance(features, held_out)
+        return None if too_few_images(self.smallest_set) else frechet_distance(features, held_out)
 
     def _manifold(self, features: Tensor, labels: Tensor) -> Manifold | None:
-        if self._fewest < FEWEST_COMPARED * len(self.references.class_names):
+        if self.smallest_set < FEWEST_COMPARED * len(self.references.class_names):
             return None
         return compare_manifolds(features, labels, self._held_out.images, self._held_out.labels)
 
@@ -246,9 +246,14 @@ def as_markdown(quality: Quality, class_names: tuple[str, ...] = DIGITS) -> str:
 def notes_of(quality: Quality, class_names: tuple[str, ...] = DIGITS) -> list[str]:
     """Returns notes about metrics that are missing or uncertain."""
     num_classes, real = len(class_names), quality.real_judge
-    compared = min(quality.num_compared, quality.num_held_out)
-    of_each = compared // num_classes
-    notes = [too_few_images(compared)]
+    sets = {
+        "generated images": quality.num_images,
+        "held-out images": quality.num_held_out,
+        "training images that the extractor has not learned": quality.num_compared,
+    }
+    smallest = min(sets, key=sets.__getitem__)
+    of_each = sets[smallest] // num_classes
+    notes = [too_few_images(sets[smallest], smallest)]
     if num_classes == 1:
         notes.append(
             "With one class, the classifiers have nothing to learn: they recognise every image, and their features are "
@@ -256,13 +261,16 @@ def notes_of(quality: Quality, class_names: tuple[str, ...] = DIGITS) -> list[st
         )
     if quality.manifold is None:
         notes.append(
-            f"Too few images for precision, recall and coverage: {of_each} of each class, at least {FEWEST_COMPARED} "
-            "needed."
+            f"Too few {smallest} for precision, recall and coverage: {of_each} of each class, at least "
+            f"{FEWEST_COMPARED} needed."
         )
-    if quality.num_compared < quality.num_images and (quality.frechet or quality.manifold):
+    if quality.num_compared < quality.num_images and quality.manifold:
+        figures = (
+            "Precision, recall and coverage" if quality.frechet is None else "Distances, precision, recall and coverage"
+        )
         notes.append(
-            f"Distances, precision, recall and coverage are those of the first {quality.num_compared:,} images, "
-            "because there are only as many real images that the extractor has not learned."
+            f"{figures} are those of the first {quality.num_compared:,} images, because there are only as many "
+            "training images that the extractor has not learned."
         )
     if quality.num_images < FEW_OF_EACH * num_classes:
         each = quality.num_images // num_classes
@@ -320,6 +328,8 @@ def evaluate_digits(
     `clip_model` is given. Models and data are loaded before the images are generated, since loading can fail. Raises
     ScriptError.
     """
+    if out:
+        check_writable(out)
     scorer = ClipScorer(clip_model) if clip_model else None
     networks = load_classifier("judge", judge), load_classifier("extractor", extractor)
     spaces = spaces_for_digits(samples.num_images, reporter)
@@ -331,8 +341,6 @@ def evaluate_samples(
     samples: Samples, evaluator: Evaluator, reporter: Reporter, out: Path | None, scorer: ClipScorer | None = None
 ) -> None:
     """Computes all metrics, prints them, and writes them and plots to the folder `out` if given."""
-    if out:
-        check_writable(out)
     references, (drawn, source) = evaluator.references, samples.get()
     names = references.class_names
     quality, nearest = evaluator.evaluate(drawn, reporter)

@@ -70,7 +70,7 @@ class Sweep:
             f"{evaluator.num_images:,} digits per setting, seed {self.seed}, compared with the "
             f"{evaluator.references.name} split. {measured} are measured with the extractor."
         )
-        note = too_few_images(evaluator.num_compared)
+        note = too_few_images(evaluator.smallest_set)
         return f"{as_table(self._columns, lines)}\n{caption}\n" + (f"\n{note}\n" if note else "")
 
     @property
@@ -85,7 +85,7 @@ class Sweep:
         """The metrics of real digits, with the same fields as a row."""
         evaluator = self.evaluator
         manifold, seen = evaluator.real_manifold, evaluator.real_extractor
-        ratio = None if too_few_images(evaluator.num_compared) else 1.0
+        ratio = None if too_few_images(evaluator.smallest_set) else 1.0
         further: Figures = {}
         if self.scorer:
             further = {

@@ -73,11 +73,14 @@ def as_table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], f"|{' --- |' * len(columns)}", *lines[1:]]) + "\n"
 
 
-def too_few_images(num_images: int) -> str:
-    """Returns a sentence if there are too few images for a Fréchet distance, otherwise an empty string."""
+def too_few_images(num_images: int, kind: str = "images") -> str:
+    """Returns a sentence if there are too few images for a Fréchet distance, otherwise an empty string.
+
+    `kind` says which images these are.
+    """
     if num_images >= FEWEST_IMAGES:
         return ""
-    return f"Too few images for a Fréchet distance: {num_images:,}, at least {FEWEST_IMAGES:,} needed."
+    return f"Too few {kind} for a Fréchet distance: {num_images:,}, at least {FEWEST_IMAGES:,} needed."
 
 
 def fixed(value: float | None, digits: int) -> str:

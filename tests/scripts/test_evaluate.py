@@ -379,7 +379,7 @@ def test_too_few_images_for_a_distance_are_noted_in_output_and_files(
 ) -> None:
     monkeypatch.setattr(tables, "FEWEST_IMAGES", 1_000)
     written = run(inputs, tmp_path, "--num-images=110", "--num-steps=1")
-    note = "Too few images for a Fréchet distance: 110, at least 1,000 needed."
+    note = "Too few generated images for a Fréchet distance: 110, at least 1,000 needed."
     assert note in capsys.readouterr().out.splitlines()
     assert note in (tmp_path / "evaluation.md").read_text().splitlines()
     assert (written["notes"][0], written["frechet"], written["frechet_ratio"]) == (note, None, None)

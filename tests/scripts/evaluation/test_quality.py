@@ -143,9 +143,11 @@ def test_table_and_json_have_the_same_values(evaluator: Evaluator) -> None:
     assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
-@pytest.mark.parametrize(("num_images", "fewest"), [(100, 101), (290, 201)])
+@pytest.mark.parametrize(
+    ("num_images", "fewest", "kind"), [(100, 101, "generated images"), (290, 201, "held-out images")]
+)
 def test_small_set_has_a_note_instead_of_a_distance(
-    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch, num_images: int, fewest: int
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch, num_images: int, fewest: int, kind: str
 ) -> None:
     """There are too few generated images, or too few held-out images (200)."""
     monkeypatch.setattr(tables, "FEWEST_IMAGES", fewest)
@@ -154,7 +156,7 @@ def test_small_set_has_a_note_instead_of_a_distance(
     content, table = as_json(quality, other), as_markdown(quality)
     for name in ("frechet", "real_frechet", "noise_frechet", "frechet_ratio"):
         assert content[name] is None
-    note = f"Too few images for a Fréchet distance: {min(num_images, 200)}, at least {fewest} needed."
+    note = f"Too few {kind} for a Fréchet distance: {min(num_images, 200)}, at least {fewest} needed."
     assert content["notes"] == notes_of(quality)
     assert note in content["notes"]
     assert "| Fréchet distance | - | - |" in table
@@ -163,6 +165,29 @@ def test_small_set_has_a_note_instead_of_a_distance(
     enough = Evaluator(evaluator.references, evaluator.judge, evaluator.extractor, 100)
     monkeypatch.setattr(tables, "FEWEST_IMAGES", 100)
     assert not any("Fréchet" in each for each in as_json(evaluate(enough, bars(100, 5)), enough)["notes"])
+
+
+def test_images_after_those_that_are_compared_do_not_change_the_distances(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are 100 real images, and 150 generated ones, of which the last 50 are noise."""
+    monkeypatch.setattr(tables, "FEWEST_IMAGES", 50)
+    first, real = bars(100, 5), evaluator.references.real.rows(slice(100))
+    noise = torch.randint(0, 256, (50, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    longer = ImageSet(torch.cat([first.images, noise]), torch.cat([first.labels, first.labels[:50]]))
+    few, space = replace(evaluator.references, real=real), space_of_pixels()
+    qualities = [
+        evaluate(Evaluator(few, evaluator.judge, evaluator.extractor, len(images), further_spaces=[space]), images)
+        for images in (first, longer)
+    ]
+    alone, together = qualities
+    assert (together.num_images, together.num_compared) == (150, 100)
+    assert (together.frechet, together.in_spaces, together.manifold) == (
+        alone.frechet,
+        alone.in_spaces,
+        alone.manifold,
+    )
+    assert together.judge != alone.judge
 
 
 @pytest.mark.filterwarnings("error")
