@@ -92,19 +92,33 @@ class Scheduler:
             raise ValueError(f"num_train_timesteps must be 1 to {MOST_TIMESTEPS}, got {num_timesteps!r}")
         self.name, self.num_timesteps = name, num_timesteps
         self.eta, self.use_clipped_model_output = eta, use_clipped_model_output
-        own, unknown = getattr(importlib.import_module("diffusers"), name).from_config(
-            {key: value for key, value in config.items() if not key.startswith("_")}, return_unused_kwargs=True
-        )
+        options = {key: value for key, value in config.items() if not key.startswith("_")}
+        try:
+            own, unknown = getattr(importlib.import_module("diffusers"), name).from_config(
+                options, return_unused_kwargs=True
+            )
+        except Exception as error:  # diffusers raises errors of many types for an invalid configuration
+            raise ValueError(f"{name} does not accept the configuration: {error}".splitlines()[0]) from error
         if unknown:
             raise ValueError(f"{min(unknown)} is unknown to the installed diffusers. Install a newer release of it")
         self._own, self.config = own, own.config
+        if len(own.betas) != num_timesteps:
+            raise ValueError(f"trained_betas has {len(own.betas)} values, but num_train_timesteps is {num_timesteps}")
+        if not ((own.betas > 0) & (own.betas <= 1)).all():
+            raise ValueError("the betas must be above 0 and at most 1, so that the image loses signal in each timestep")
 
     def plan(self, num_steps: int) -> PipelinePlan:
-        """Returns the plan for `num_steps` steps. Raises ValueError if the scheduler does not have so many."""
+        """Returns the plan for `num_steps` steps.
+
+        Raises ValueError if the scheduler does not have so many, or if the configuration has an invalid value.
+        """
         if not 1 <= num_steps <= self.num_timesteps:
             raise ValueError(f"num_steps must be 1 to {self.num_timesteps}, got {num_steps}")
-        self._own.set_timesteps(num_steps)
-        steps, draws_noise = _PLANS[self.name](self)
+        try:
+            self._own.set_timesteps(num_steps)
+            steps, draws_noise = _PLANS[self.name](self)
+        except Exception as error:  # such as a TypeError for a value of a wrong type
+            raise ValueError(f"{self.name} has no plan for its configuration: {error}".splitlines()[0]) from error
         if self.timesteps.count(self.timesteps[0]) > 1:  # diffusers itself would begin with the second of them
             raise ValueError(
                 f"num_steps is {num_steps}, but the first two steps would have the same timestep. Use fewer"
@@ -116,7 +130,7 @@ class Scheduler:
 
     @property
     def timesteps(self) -> list[float]:
-        """The timesteps of the steps, as diffusers counts them."""
+        """The timesteps of the plan that is made, as diffusers counts them."""
         return [float(t) for t in self._own.timesteps]
 
     def alpha_bar(self, t: float, end: float = 1.0) -> float:

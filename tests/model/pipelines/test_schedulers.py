@@ -194,6 +194,15 @@ def test_rows_of_different_schedulers_and_steps_have_the_same_bits_as_alone() ->
         ({"_class_name": DPMPP, "solver_order": 3}, "solver_order is 3. Supported is 1 or 2"),
         ({"_class_name": DPMPP, "algorithm_type": "sde-dpmsolver++"}, "algorithm_type is 'sde-dpmsolver++'"),
         ({"_class_name": DPMPP, "prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction'"),
+        ({"_class_name": DDPM, "beta_start": "low"}, "DDPMScheduler does not accept the configuration: "),
+        (
+            {"_class_name": DDPM, "beta_schedule": "steep"},
+            "DDPMScheduler does not accept the configuration: steep is no",
+        ),
+        ({"_class_name": DDPM, "trained_betas": [0.1, 0.2]}, "trained_betas has 2 values, but num_train_timesteps is"),
+        ({"_class_name": DDPM, "beta_end": 2.5}, "the betas must be above 0 and at most 1, so that"),
+        ({"_class_name": DDPM, "beta_start": -0.1}, "the betas must be above 0"),
+        ({"_class_name": DDPM, "beta_end": math.nan}, "the betas must be above 0"),
         ({"_class_name": EULER, "interpolation_type": "log_linear"}, "interpolation_type is 'log_linear'"),
     ],
 )
@@ -209,6 +218,17 @@ def test_configuration_without_a_plan_is_refused_with_its_key(config: dict[str, 
         ({"_class_name": DDPM}, 0, "num_steps must be 1 to 1000, got 0"),
         ({"_class_name": DDPM, "num_train_timesteps": 50}, 51, "num_steps must be 1 to 50, got 51"),
         ({"_class_name": DDIM, **ZERO_SNR, "prediction_type": "epsilon"}, 10, "rescale_betas_zero_snr needs"),
+        (
+            {"_class_name": DDPM, "timestep_spacing": "random"},
+            10,
+            "DDPMScheduler has no plan for its configuration: ra",
+        ),
+        ({"_class_name": DDPM, "steps_offset": 10**6}, 10, "DDPMScheduler has no plan for its configuration: index"),
+        (
+            {"_class_name": DDIM, "clip_sample_range": None},
+            10,
+            "DDIMScheduler has no plan for its configuration: float",
+        ),
         ({"_class_name": DPMPP, **COSINE, "use_karras_sigmas": True}, 10, "num_steps is 10, but the first two steps"),
     ],
 )
