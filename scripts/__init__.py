@@ -19,12 +19,12 @@ def _stop(number: int, frame: FrameType | None) -> None:
     """
     if hasattr(sys.modules["__main__"], "main"):
         signal.default_int_handler(number, frame)
-    (module,) = [argument for argument in sys.orig_argv if "scripts." in argument][:1] or ["scripts"]
+    module = next(argument for argument in sys.orig_argv if "scripts." in argument)
     os.write(2, f"\n{module.rpartition('.')[2]}: stopped before it began\n".encode())
     os._exit(128 + number)
 
 
-# Python has not found the module to run yet, so this is `python -m scripts.…`. A background job of a script ignores the
-# signal.
+# sys.argv[0] is "-m" while Python imports this package for `python -m scripts.NAME`. A background job of a shell script
+# ignores the signal, and continues to do so.
 if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _stop)

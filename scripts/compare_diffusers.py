@@ -17,11 +17,11 @@ from torch import Tensor
 from model.pipelines.folder import Pipeline, load_pipeline
 from model.pipelines.sampling import run_plan, torch_noise
 from model.pipelines.schedulers import PipelinePlan, pipeline_step
+from model.pixels import to_pixels
+from model.png import MAX_SEED
 from scripts.common.arguments import Parser, integer
 from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.progress import require
-
-LARGEST_SEED = 2**53 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def build_parser() -> Parser:
     parser.add_argument("folder", type=Path, help="a folder that save_pretrained of diffusers has written")
     parser.add_argument("--num-steps", type=integer(1, 1000), default=50, help="default: 50")
     parser.add_argument("--label", type=integer(0), help="number of the class, if the network has classes; default: 0")
-    parser.add_argument("--seed", type=integer(0, LARGEST_SEED), default=0, help="default: 0")
+    parser.add_argument("--seed", type=integer(0, MAX_SEED), default=0, help="default: 0")
     parser.add_argument(
         "--eta", type=float, default=0.0, help="for DDIM: share of the noise of DDPM, 0 to 1; default: 0"
     )
@@ -87,7 +87,7 @@ def compare(pipeline: Pipeline, plan: PipelinePlan, seed: int, label: int) -> Pa
         output = pipeline.network(theirs[k], row[:, 0], y)
         x_t, x_0 = pipeline_step(theirs[k], x_0, output, noise[k + 1], row)
         steps.append((difference(x_t, theirs[k + 1]), difference(ours[k + 1], theirs[k + 1])))
-    pixels, expected = (_to_pixels(each[-1]) for each in (ours, theirs))
+    pixels, expected = (to_pixels(each[-1]).int() for each in (ours, theirs))
     return Parity(steps, (pixels == expected).double().mean().item(), int((pixels - expected).abs().max()))
 
 
@@ -113,11 +113,6 @@ def run_diffusers(pipeline: Pipeline, num_steps: int, seed: int, label: int) -> 
 def difference(ours: Tensor, theirs: Tensor) -> float:
     """Returns the largest difference, relative to the largest value of `theirs` if it is above 1."""
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
-
-
-def _to_pixels(x_0: Tensor) -> Tensor:
-    """Returns 8-bit values as the pipelines of diffusers do, (1, C, H, W) int64."""
-    return ((x_0 / 2 + 0.5).clamp(0, 1) * 255).round().long()
 
 
 if __name__ == "__main__":

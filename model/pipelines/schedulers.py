@@ -16,7 +16,7 @@ float64. The level of x_t = alpha x_0 + sigma eps is a pair (alpha, sigma) with 
 import importlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -53,12 +53,9 @@ class StepOfPlan:
     clip: float = math.inf
 
 
-COLUMNS = tuple(field.name for field in fields(StepOfPlan))
-
-
 @dataclass(frozen=True, slots=True)
 class PipelinePlan:
-    """The steps of a scheduler. `table` is (num_steps, 10) float32, with the columns of COLUMNS."""
+    """The steps of a scheduler. `table` is (num_steps, 10) float32, with the fields of StepOfPlan as columns."""
 
     table: Tensor
     start: float  # the first x_t is the noise multiplied by this number
@@ -110,7 +107,7 @@ class Scheduler:
     def plan(self, num_steps: int) -> PipelinePlan:
         """Returns the plan for `num_steps` steps.
 
-        Raises ValueError if the scheduler does not have so many, or if the configuration has an invalid value.
+        Raises ValueError if num_steps is not in 1..T, or if the configuration has an invalid value.
         """
         if not 1 <= num_steps <= self.num_timesteps:
             raise ValueError(f"num_steps must be 1 to {self.num_timesteps}, got {num_steps}")

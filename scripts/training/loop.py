@@ -103,10 +103,10 @@ def train_on(request: TrainingRequest, load: Callable[[], DataSet], reporter: Re
         if request.tensorboard:
             run.watch = tensorboard_writer(run.folder / TENSORBOARD)
         train(trainer, run, reporter, time_limit=request.time_limit)
-        _describe(trainer, run, data)
+        _write_card(trainer, run, data)
 
 
-def _describe(trainer: Trainer, run: Run, data: DataSet) -> None:
+def _write_card(trainer: Trainer, run: Run, data: DataSet) -> None:
     """Writes the card and the curves of a finished run, unless the folder has a card."""
     if trainer.epoch == run.recipe.epochs and not (run.folder / CARD).exists():
         num_parameters = sum(p.numel() for p in trainer.network.parameters())
