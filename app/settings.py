@@ -103,6 +103,21 @@ def _models(value: Any) -> Any:
     return models
 
 
+def _null_labels(value: Any) -> Any:
+    """Parses comma-separated labels such as `cats=10,birds=0`, one for each model."""
+    if not isinstance(value, str):
+        return value
+    labels: dict[str, int] = {}
+    for part in _parts(value):
+        name, _, label = part.partition("=")
+        if not (label.strip().isascii() and label.strip().isdecimal()):
+            raise ValueError(f"{part!r} is not a label. Use the form NAME=LABEL, such as cats=10")
+        if name in labels:
+            raise ValueError(f"two labels are given for {name!r}")
+        labels[name] = int(label)
+    return labels
+
+
 def _origins(value: Any) -> Any:
     """Parses comma-separated origins such as `https://example.com` or `http://localhost:3000`. `*` means any origin."""
     if not isinstance(value, str):
@@ -160,6 +175,7 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_keys)]
 RateLimits = Annotated[tuple[RateLimit, ...], NoDecode, BeforeValidator(_rate_limits)]
 Models = Annotated[dict[str, Path], NoDecode, BeforeValidator(_models)]
+NullLabels = Annotated[dict[str, int], NoDecode, BeforeValidator(_null_labels)]
 Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_origins)]
 Networks = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_networks)]
 
@@ -180,10 +196,13 @@ class Settings(BaseSettings):
     )
 
     models: Models = Field(default_factory=dict)
-    """models to serve, separated by commas. Each is NAME=PATH of a .safetensors file, or the name of a shipped model:
-    default, fast, letters or cifar10. The first one is the default. They can have different classes, sizes and colours.
-    The flag --model adds one model and can be repeated (default: the models of UNFOG_CHECKPOINT and
-    UNFOG_FAST_CHECKPOINT)"""
+    """models to serve, separated by commas. Each is NAME=PATH of a .safetensors file or of a folder with a pipeline of
+    diffusers, or the name of a shipped model: default, fast, letters or cifar10. The first one is the default. They can
+    have different classes, sizes and colours. The flag --model adds one model and can be repeated (default: the models
+    of UNFOG_CHECKPOINT and UNFOG_FAST_CHECKPOINT)"""
+    null_labels: NullLabels = Field(default_factory=dict)
+    """labels that mean "no class" in pipelines of diffusers that were trained with one, as NAME=LABEL, separated by
+    commas. They permit guidance (default: none)"""
     checkpoint: Path = SHIPPED
     """checkpoint of the model `default`, a .safetensors file, without UNFOG_MODELS (default: the checkpoint shipped
     with unfog)"""
@@ -194,11 +213,12 @@ class Settings(BaseSettings):
     """auto, cpu, cuda or cuda:N. auto: the GPU if it works, otherwise the CPU (default: auto)"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """precision of the network: auto, float32, bfloat16 or float16. float16 needs a GPU. auto: bfloat16 or float16 if
-    the hardware accelerates it, otherwise float32 (default: auto)"""
+    the hardware accelerates it, otherwise float32; pipelines of diffusers always float32 (default: auto)"""
     compile: Literal["auto", "on", "off"] = "auto"
     """compilation of the denoising step: auto, on or off. auto: on a CPU, compile if a C++ compiler or a compiled step
     in the cache is found; on a GPU, run CUDA graphs of the step without compilation. on: compile, on a GPU inside CUDA
-    graphs; exit if this is not possible. off: no compilation and no CUDA graphs (default: auto)"""
+    graphs; exit if this is not possible. off: no compilation and no CUDA graphs. Pipelines of diffusers are not
+    compiled, and with one of them no CUDA graphs are used (default: auto)"""
     reproducible: Literal["on", "off"] = "off"
     """on or off: give the same bytes for the same seed under any load, also on a GPU. There, on pads every step to the
     size of UNFOG_MAX_BATCH (auto: 64 images), so that steps with few images take longer. On a CPU the bytes are always

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,17 +24,19 @@ from torch.overrides import TorchFunctionMode
 
 from model.files import write_atomically
 from model.json_fields import build
+from model.paths import timesteps_along, timesteps_of
 from model.pixels import from_pixels, to_pixels
 from model.prediction import Prediction, PredictionConfig
-from model.sampler import sample
+from model.sampler import Plan, make_plan, plan_through, sample
 from model.schedule import Schedule, ScheduleConfig
 from model.spec import (
     MAX_NAME_LENGTH,
     MNIST_SHAPE,
-    MOST_STEPS,
+    MOST_DEFAULT_STEPS,
     SAMPLERS,
     Guidance,
     ModelSpec,
+    Process,
     Sampler,
     looks_like_mnist,
 )
@@ -109,13 +112,14 @@ class CheckpointConfig:
         if self.unet.num_steps != T:
             raise ValueError(f"the schedule has {T} steps, but the network has {self.unet.num_steps}")
         Schedule(self.schedule)  # raises ValueError if a sampler could not use it
-        _check_names(self.class_names, num_classes)
+        check_names(self.class_names, num_classes)
         if self.normalisation == "mnist" and self.image_shape != MNIST_SHAPE:
             raise ValueError("normalisation can be mnist only for grey images of 28x28 pixels")
         if not self.samplers or not {*self.samplers, probe.sampler} <= set(SAMPLERS):
             raise ValueError(f"samplers and probe.sampler must be one or more of {', '.join(SAMPLERS)}")
-        if not all(isinstance(num_steps, int) and 1 <= num_steps <= min(T, MOST_STEPS) for num_steps in self.steps):
-            raise ValueError(f"steps must be integers from 1 to {min(T, MOST_STEPS)}")
+        most_steps = min(T, MOST_DEFAULT_STEPS)
+        if not all(isinstance(num_steps, int) and 1 <= num_steps <= most_steps for num_steps in self.steps):
+            raise ValueError(f"steps must be integers from 1 to {most_steps}")
         if not isinstance(self.training.get("label_drop", 0), int | float):
             raise ValueError("training.label_drop must be a number")
         self._check_guidance()
@@ -183,6 +187,40 @@ class Checkpoint:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return self.config.image_shape
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The part of the configuration that limits requests."""
+        return self.config.spec
+
+    @property
+    def probe(self) -> Probe:
+        """The options of the probe image."""
+        return self.config.probe
+
+    @property
+    def probe_path(self) -> tuple[int, ...]:
+        """The path of the probe image: an empty one, for the whole reverse process."""
+        return ()
+
+    @property
+    def architecture(self) -> UNetConfig:
+        """The configuration of the network. Networks with the same one take the same time."""
+        return self.config.unet
+
+    def plan(self, process: Process, num_steps: int, path: Sequence[int] = ()) -> Plan:
+        """Returns the plan for a path. For an empty path, returns the plan for `num_steps` steps from T to 0."""
+        if path or process not in SAMPLERS:
+            return plan_through(self.schedule, process, path)
+        return make_plan(self.schedule, process, num_steps)
+
+    def timesteps(self, sampler: Sampler, num_steps: int, path: Sequence[int] = ()) -> list[int]:
+        """Returns the timestep of each step of a sampler, with the arguments of `plan`."""
+        return (timesteps_along(path) if path else timesteps_of(self.schedule, sampler, num_steps))[:-1]
+
+    def guidance_of(self, sampler: Sampler) -> Guidance:
+        """Returns the recommended guidance of this sampler."""
+        return self.config.guidance_of(sampler)
 
 
 def draw_probe(network: UNet, config: CheckpointConfig) -> Tensor:
@@ -326,7 +364,7 @@ def _decode(probe_image: object) -> bytes:
         raise ValueError("probe_image must be base64") from error
 
 
-def _check_names(names: tuple[str, ...], num_classes: int) -> None:
+def check_names(names: tuple[str, ...], num_classes: int) -> None:
     """Raises ValueError unless each class has a name that a prompt can contain."""
     if len(names) != num_classes:
         raise ValueError(f"{len(names)} class names, but the network has {num_classes} classes")

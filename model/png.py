@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from model.prompts import MAX_PROMPT_LENGTH, is_prompt, is_text
-from model.spec import MAX_CLIP_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE, MAX_NAME_LENGTH, SAMPLERS
+from model.spec import MAX_CLIP_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE, MAX_NAME_LENGTH, PIPELINE_SAMPLERS, Noise
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LEVEL = 6  # zlib compression level of enlarged images
@@ -31,6 +31,7 @@ MAX_SCALE = 16  # the largest factor by which images of this project are enlarge
 MAX_STEPS = 9999
 MOST_COLUMNS = 16  # in a sheet whose images each have their own class
 LAYOUT = "Layout"  # the text chunk that marks such a sheet
+NOISE = "Noise"  # the text chunk of images whose noise was drawn by torch
 
 # The length of each number is limited, because the conversion of long numbers is slow.
 _FORMS = {  # name of a chunk -> pattern of its value, and description for errors
@@ -39,11 +40,12 @@ _FORMS = {  # name of a chunk -> pattern of its value, and description for error
     "Label": (r"[ -~]{1,700000}", f"a name of 1 to {MAX_NAME_LENGTH} characters, or names in JSON, in ASCII"),
     "Seed": (r"0|[1-9][0-9]{0,15}", f"an integer from 0 to {MAX_SEED}"),
     "Index": (r"(?:0-)?[1-9][0-9]{0,5}|0", f"an integer from 0 to {MAX_INDEX}, or a range such as 0-8"),
-    "Sampler": ("|".join(SAMPLERS), " or ".join(SAMPLERS)),
+    "Sampler": ("|".join(PIPELINE_SAMPLERS), " or ".join(PIPELINE_SAMPLERS)),
     "Steps": (r"[1-9][0-9]{0,3}", f"an integer from 1 to {MAX_STEPS}"),
     "Guidance-Scale": (r"[0-9]{1,3}(?:\.[0-9]{1,20})?", f"a number from 1 to {MAX_GUIDANCE_SCALE}"),
     "Model-SHA256": (r"[0-9a-f]{64}", "64 hexadecimal digits in lower case"),
     LAYOUT: ("rows", "'rows'"),
+    NOISE: ("torch", "'torch'"),
 }
 _CLIP_FORMS = {
     # A scale below 0.0001 is written with an exponent, such as 1e-05.
@@ -109,6 +111,7 @@ class Provenance:
     clip: ClipProvenance | None = None  # None: no CLIP guidance
     has_digits: bool = True  # True if the classes of the model are digits
     one_each: bool = False  # True if `labels` has one name for each image, False if it has one for each class
+    noise: Noise = "unfog"
 
     @classmethod
     def parse(cls, text: Mapping[str, str]) -> tuple[Self, range]:
@@ -125,7 +128,7 @@ class Provenance:
             )
         one_each = LAYOUT in text
         named = "Digit" if "Digit" in text or "Label" not in text else "Label"  # The oldest files have no Label.
-        skipped = {"Digit", "Label", LAYOUT} - {named, *([LAYOUT] if one_each else [])}
+        skipped = {"Digit", "Label", LAYOUT, NOISE} - {named, *({LAYOUT, NOISE} & text.keys())}
         values = {name: _value(name, text) for name in _FORMS if name not in skipped}
         labels = values["Digit"].split(",") if named == "Digit" else _labels_of(values["Label"])
         first, _, last = values["Index"].partition("-")
@@ -141,6 +144,7 @@ class Provenance:
             clip=ClipProvenance.parse(text),
             has_digits=named == "Digit",
             one_each=one_each,
+            noise="torch" if NOISE in values else "unfog",
         )
         indices = range(provenance.first_index, int(last or first) + 1)
         is_valid = {
@@ -186,6 +190,7 @@ class Provenance:
             "Steps": str(self.num_steps),
             "Guidance-Scale": str(self.guidance_scale),
             "Model-SHA256": self.model_sha256,
+            **({NOISE: self.noise} if self.noise != "unfog" else {}),
             **(self.clip.text() if self.clip else {}),
             **self.task,
         }

@@ -43,6 +43,11 @@ class Plan:
         return torch.cat([t, self.coefficients, targets], dim=1).to(device)
 
     @property
+    def start(self) -> float:
+        """The first x_t is the noise multiplied by this number."""
+        return 1.0
+
+    @property
     def num_steps(self) -> int:
         """The number of steps. Each step calls the network once, or twice if guidance is applied."""
         return len(self.timesteps) - 1

@@ -1,7 +1,7 @@
 """The noise schedule alpha_bar_t, and the timesteps that a sampler visits.
 
-This module does not import torch. Only `Schedule()` does, when it computes alpha_bar. Another library would round some
-values differently, and then an old seed could give other images.
+This module does not import torch. Only `Schedule(config)` does, when it computes alpha_bar. Another library would round
+some values differently, and then an old seed could give other images.
 """
 
 import math
@@ -46,9 +46,9 @@ class Schedule:
     eq. 17. Raises ValueError if the values of alpha_bar are too small or too close together for the samplers.
     """
 
-    def __init__(self, config: ScheduleConfig) -> None:
-        self.config = config
-        self.alpha_bar = _alpha_bar(config)  # (T + 1,) float64
+    def __init__(self, given: "ScheduleConfig | Tensor") -> None:
+        """`given` are the parameters, or the values of alpha_bar, (T + 1,) float64."""
+        self.alpha_bar = _alpha_bar(given) if isinstance(given, ScheduleConfig) else given  # (T + 1,) float64
         if self.alpha_bar[-1] < MIN_ALPHA_BAR:
             raise ValueError(
                 f"the schedule adds too much noise: alpha_bar must be at least {MIN_ALPHA_BAR:g}, but ends at "
@@ -58,15 +58,15 @@ class Schedule:
             raise ValueError("the schedule adds too little noise: alpha_bar must decrease in every step")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Schedule) and self.config == other.config
+        return isinstance(other, Schedule) and self.alpha_bar.equal(other.alpha_bar)
 
     def __hash__(self) -> int:
-        return hash(self.config)
+        return hash(self.num_steps)
 
     @property
     def num_steps(self) -> int:
         """T, the number of steps of the forward process."""
-        return self.config.num_steps
+        return len(self.alpha_bar) - 1
 
     @property
     def half_log_snr(self) -> "Tensor":

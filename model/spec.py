@@ -4,15 +4,18 @@ This module does not import torch.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from model.prompts import default_prompt
 from model.schedule import Schedule
 
-Sampler = Literal["ddpm", "ddim", "dpmpp"]
-SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+Sampler = Literal["ddpm", "ddim", "dpmpp", "euler"]
+SAMPLERS: tuple[Sampler, ...] = ("ddpm", "ddim", "dpmpp")  # of checkpoints
+PIPELINE_SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)  # of pipelines of diffusers (see model/pipelines)
+# How noise is drawn: as in model/noise.py, or by torch.Generator("cpu").manual_seed(seed + index), for pipelines only.
+Noise = Literal["unfog", "torch"]
 Quality = Literal["draft", "balanced", "best"]  # from the fewest to the most evaluations of the network
 QUALITIES: tuple[Quality, ...] = get_args(Quality)
 # The numbers of steps of the lower qualities, with the sampler that needs the fewest. They were chosen with digits
@@ -22,7 +25,8 @@ FEW_STEPS_SAMPLER: Sampler = "dpmpp"
 Process = Sampler | Literal["forward", "noisy"]
 Fit = Literal["auto", "resize", "digit"]  # how a picture becomes an image (see `normalise` in digit_image.py)
 Invert = bool | Literal["auto"]  # True: the picture has dark strokes on a light background
-MOST_STEPS = 100  # the limit of num_steps in a request
+MOST_STEPS = 1000  # the limit of num_steps in a request
+MOST_DEFAULT_STEPS = 100  # the limit of a default of num_steps
 MAX_GUIDANCE_SCALE = 10
 MAX_CLIP_GUIDANCE_SCALE = 10
 MAX_NAME_LENGTH = 100  # characters of the name of a class
@@ -113,13 +117,16 @@ class ModelSpec:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]  # (C, H, W)
     schedule: Schedule
-    steps: tuple[int, ...]  # the permitted values of num_steps; an empty tuple permits 1 to max_steps
+    steps: tuple[int, ...]  # the permitted values of num_steps; an empty tuple permits 1 to `max_steps_of(sampler)`
     samplers: tuple[Sampler, ...]  # the permitted samplers; the first one is recommended
     guidance: Mapping[Sampler, Guidance]  # the recommended guidance of each permitted sampler
     guidable: bool  # True if guidance is possible: the network was trained with dropped labels
     training: TrainingFacts
     # True if drawings are normalised as in MNIST: light strokes on black, centred by mass (see digit_image.py)
     normalises_drawings: bool
+    # The largest num_steps of samplers for which it is not T.
+    fewer_steps: Mapping[Sampler, int] = field(default_factory=dict)
+    is_pipeline: bool = False  # True for a pipeline of diffusers
 
     @property
     def num_classes(self) -> int:
@@ -149,10 +156,14 @@ class ModelSpec:
         """T, the largest possible num_steps."""
         return self.schedule.num_steps
 
+    def max_steps_of(self, sampler: Sampler) -> int:
+        """Returns the largest possible num_steps of a sampler."""
+        return self.fewer_steps.get(sampler, self.max_steps)
+
     @property
     def default_steps(self) -> int:
         """The recommended num_steps."""
-        return self.steps[0] if self.steps else min(self.max_steps, MOST_STEPS)
+        return self.steps[0] if self.steps else min(self.max_steps_of(self.samplers[0]), MOST_DEFAULT_STEPS)
 
     def setting_of(self, quality: Quality) -> Setting:
         """Returns the sampler and the number of steps of a quality.

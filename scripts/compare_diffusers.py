@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.pipelines.folder import Pipeline, load_pipeline
 from model.pipelines.sampling import run_plan, torch_noise
-from model.pipelines.schedulers import PipelinePlan, pipeline_step
+from model.pipelines.schedulers import PipelinePlan, clipped_x_0, pipeline_step
 from model.pixels import to_pixels
 from model.png import MAX_SEED
 from scripts.common.arguments import Parser, integer
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ScriptError(f"{args.folder}: {error}") from error
     parity = compare(pipeline, plan, args.seed, label)
     print("step | t | difference of the step | difference of the path\n--- | --- | --- | ---")
-    for number, (row, (one, path)) in enumerate(zip(plan.table.tolist(), parity.steps, strict=True), 1):
+    for number, (row, (one, path)) in enumerate(zip(plan.rows.tolist(), parity.steps, strict=True), 1):
         print(f"{number} | {row[0]:g} | {one:.1e} | {path:.1e}")
     largest = max(one for one, _ in parity.steps)
     print(
@@ -83,9 +83,10 @@ def compare(pipeline: Pipeline, plan: PipelinePlan, seed: int, label: int) -> Pa
     theirs = run_diffusers(pipeline, plan.num_steps, seed, label)
     ours = [x_t for x_t, _ in run_plan(pipeline.network, plan, noise, y)]
     steps, x_0 = [], torch.zeros_like(noise[0])
-    for k, row in enumerate(plan.table.split(1)):
+    for k, row in enumerate(plan.rows.split(1)):
         output = pipeline.network(theirs[k], row[:, 0], y)
-        x_t, x_0 = pipeline_step(theirs[k], x_0, output, noise[k + 1], row)
+        u, clipped = clipped_x_0(theirs[k], output, row)
+        x_t, x_0 = pipeline_step(theirs[k], x_0, u, clipped, noise[k + 1], row)
         steps.append((difference(x_t, theirs[k + 1]), difference(ours[k + 1], theirs[k + 1])))
     pixels, expected = (to_pixels(each[-1]).int() for each in (ours, theirs))
     return Parity(steps, (pixels == expected).double().mean().item(), int((pixels - expected).abs().max()))

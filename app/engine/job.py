@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.comparison import Comparison
-from model.spec import Process
+from model.spec import Noise, Process
 
 DEFAULT_MODEL, FAST_MODEL = "default", "fast"  # the names of the shipped models; `fast` needs few steps
 IntArray = npt.NDArray[np.int64]
@@ -56,6 +56,7 @@ class Options:
     path: tuple[int, ...] = ()  # timesteps (see model/sampler.py); empty: the sampler's timesteps from T to 0
     clip_guidance_scale: float = 0.0  # 0: no CLIP guidance
     clip_prompt: str = ""  # empty without CLIP guidance
+    noise: Noise = "unfog"
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,9 +104,7 @@ def choose_num_threads(
 
     Example: on 8 cores with a container limit of 1.5 CPUs, compiled bfloat16 has 2 threads, or 1 while a core is busy.
     """
-    most = torch.get_num_threads()
-    if granted := granted_cores():
-        most = min(most, math.ceil(granted))
+    most = available_threads()
     if (device.type, dtype, compiled) == ("cpu", torch.float32, False):
         most = min(most, MAX_PLAIN_THREADS)
         if wanted and wanted > MAX_PLAIN_THREADS:
@@ -115,6 +113,12 @@ def choose_num_threads(
     threads = ComputeThreads((most, most - 1) if may_vary else (wanted or most,))
     threads.set(threads.counts[0])
     return threads
+
+
+def available_threads() -> int:
+    """Returns one thread for each core, but at most the CPU limit of the container, rounded up."""
+    granted = granted_cores()
+    return min(torch.get_num_threads(), math.ceil(granted)) if granted else torch.get_num_threads()
 
 
 def granted_cores(groups: Path = CGROUPS, own_group: Path = OWN_CGROUP) -> float | None:

@@ -4,17 +4,19 @@ The docstring of app/engine/job.py explains slots, plans and evaluations. A traj
 step. A comparison whose classes have their own x_t has a slot for each class, and a row for each remaining class.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from app.engine.job import GUIDED_EVALUATIONS, Options, Trajectory
 from app.runner.transfers import Transfers
-from model.sampler import COLUMN_OF_S, PLAN_COLUMNS, Plan, make_plan, plan_through
-from model.schedule import Schedule
-from model.spec import SAMPLERS, Process
+from model.pipelines.schedulers import PipelinePlan
+from model.sampler import COLUMN_OF_S, PLAN_COLUMNS, Plan
+from model.spec import Process
 from model.step import Rows, State
 
 PADDING = 0  # the slot that padding rows use
@@ -35,9 +37,10 @@ class Slots:
         device: torch.device,
         transfers: Transfers,
         num_labels: int = 11,
+        kind: type[State] = State,
     ) -> None:
         """Starts with `count` free slots. `num_labels` is the number of classes plus the null label ("no class")."""
-        self.state = State.zeros(1 + count, image_shape, device)
+        self.state = kind.zeros(1 + count, image_shape, device)
         self.error = torch.zeros(1 + count, num_labels, device=device)  # (S, num_labels) errors of the last step
         self._free = list(range(PADDING + 1, 1 + count))
         self._transfers = transfers
@@ -92,32 +95,44 @@ class Slots:
         Allocates all new tensors before it replaces the first one, because memory may run out in between.
         """
         size = len(self.state.seed)
-        state = State(*(torch.cat([rows, torch.zeros_like(rows)]) for rows in self.state))
+        values = {field.name: getattr(self.state, field.name) for field in fields(self.state)}
+        larger: dict[str, Any] = {
+            name: None if rows is None else torch.cat([rows, torch.zeros_like(rows)]) for name, rows in values.items()
+        }
+        state = type(self.state)(**larger)
         error = torch.cat([self.error, torch.zeros_like(self.error)])
         self.state, self.error = state, error
         self._free += range(size, 2 * size)
 
 
 class Plans:
-    """The table (P, 7) of all sampling plans since the start. A plan has one row for each step.
+    """The table (P, columns) of all sampling plans since the start. A plan has one row for each step.
 
-    The columns are those of `Plan.table` in model/sampler.py. The size of the table doubles when it is full.
+    The columns are those of `Plan.table` in model/sampler.py, or of PipelinePlan. The size of the table doubles when it
+    is full.
     """
 
-    def __init__(self, device: torch.device, first_rows: int = FIRST_PLAN_ROWS) -> None:
+    def __init__(self, device: torch.device, first_rows: int = FIRST_PLAN_ROWS, columns: int = PLAN_COLUMNS) -> None:
         """`first_rows` is the initial size of the table."""
-        self.table = torch.zeros(first_rows, PLAN_COLUMNS, device=device)  # (P, 7)
+        self.table = torch.zeros(first_rows, columns, device=device)  # (P, columns)
         self._starts: dict[tuple[str, str, int, tuple[int, ...]], int] = {}  # the key of a plan -> its first row
         # The first row of a plan -> the number of its steps up to the last one that adds noise.
         self.num_noisy: dict[int, int] = {}
         self.num_steps: dict[int, int] = {}  # the first row of a plan -> the number of its steps
+        # The first row of a plan -> the factor of its first x_t, and a mask of the steps that add noise.
+        self.first_x_t: dict[int, float] = {}
+        self.is_noisy: dict[int, bytes] = {}
         self._num_rows = 0
 
-    def start_of(self, options: Options, schedule: Schedule) -> int:
-        """Returns the first row of the plan for these options. Adds the plan to the table if it is missing."""
+    def start_of(self, options: Options, make: Callable[[Process, int, Sequence[int]], Plan | PipelinePlan]) -> int:
+        """Returns the first row of the plan for these options. Adds the plan to the table if it is missing.
+
+        `make` returns the plan for a process, a number of steps and a path.
+        """
         key = (options.model, options.sampler, options.num_steps, options.path)
         if key not in self._starts:
-            plan = plan_of(schedule, *key[1:]).table(torch.device("cpu"))  # (num_steps, 7)
+            made = make(*key[1:])
+            plan = made.table(torch.device("cpu"))  # (num_steps, columns)
             noisy = plan[:, COLUMN_OF_S].nonzero().flatten().tolist()
             start, stop = self._num_rows, self._num_rows + len(plan)
             while stop > len(self.table):
@@ -126,6 +141,7 @@ class Plans:
             self._starts[key], self._num_rows = start, stop
             self.num_steps[start] = len(plan)
             self.num_noisy[start] = 1 + noisy[-1] if noisy else 0
+            self.first_x_t[start], self.is_noisy[start] = made.start, bytes((plan[:, COLUMN_OF_S] != 0).tolist())
         return self._starts[key]
 
 
@@ -185,10 +201,3 @@ def labels_of(trajectory: Trajectory, null_label: int) -> list[tuple[int, Sequen
         return [(slots[0], comparison.remaining)]
     label = null_label if trajectory.label is None else trajectory.label
     return [(slots[0], (label, null_label) if trajectory.network_evaluations == GUIDED_EVALUATIONS else (label,))]
-
-
-def plan_of(schedule: Schedule, process: Process, num_steps: int, path: Sequence[int]) -> Plan:
-    """Returns the plan for a path. For an empty path, returns the plan for `num_steps` steps from T to 0."""
-    if path or process not in SAMPLERS:
-        return plan_through(schedule, process, path)
-    return make_plan(schedule, process, num_steps)

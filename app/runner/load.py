@@ -1,33 +1,59 @@
 """Loads the models of the settings onto the device."""
 
+from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 from app.engine.interface import RunnerError
 from app.runner.clip import ClipModel
-from app.runner.device import choose_device, choose_dtype, choose_num_threads
+from app.runner.device import DTYPES, available_threads, choose_device, choose_dtype, choose_num_threads
 from app.runner.graphs.device import CudaDevice
 from app.runner.graphs.graph_runner import GraphRunner
 from app.runner.graphs.shapes import FIXED_ROWS
+from app.runner.loaded_model import LoadedFile
 from app.runner.runner import Runner
 from app.settings import Settings
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
+from model.pipelines.folder import load_pipeline
+from model.pipelines.model import PipelineModel
+from model.pipelines.step import cpu_threads
+
+NEEDS_DIFFUSERS = "Pipelines of diffusers need the extra `diffusers`: pip install -c constraints.txt -e '.[diffusers]'"
 
 
 def load_runner(settings: Settings) -> Runner:
     """Returns the runner for these settings. Raises RunnerError with a message of one line if this fails."""
-    models = {name: _load(path, settings.source_of(name)) for name, path in settings.model_paths.items()}
+    _check_null_labels(settings)
+    models = {
+        name: _load(path, settings.source_of(name), settings.null_labels.get(name))
+        for name, path in settings.model_paths.items()
+    }
+    has_pipeline = any(isinstance(loaded, PipelineModel) for loaded in models.values())
     device = choose_device(settings.device)
     fixed_rows = (settings.max_batch or FIXED_ROWS) if settings.reproducible == "on" else None
     if fixed_rows and device.type == "cuda" and settings.compile == "off":
         raise RunnerError("UNFOG_REPRODUCIBLE=on needs CUDA graphs. Set UNFOG_COMPILE to auto or on")
+    if fixed_rows and device.type == "cuda" and has_pipeline:
+        raise RunnerError("UNFOG_REPRODUCIBLE=on does not support pipelines of diffusers on a GPU. Set it to off")
     dtype = choose_dtype(settings.dtype, device)
+    dtype_of_pipelines = DTYPES.get(settings.dtype, torch.float32)  # diffusers itself uses float32 by default
+    threads_of_pipelines = cpu_threads(settings.num_threads or available_threads())
     wanted = settings.compile == "on" or (settings.compile == "auto" and device.type == "cpu")
     threads = choose_num_threads(settings.num_threads, device, dtype, compiled=wanted)
-    if device.type == "cuda" and settings.compile != "off":
-        runner: Runner = GraphRunner(models, CudaDevice(device), dtype, fixed_rows=fixed_rows)
+    checkpoints = {name: loaded for name, loaded in models.items() if isinstance(loaded, Checkpoint)}
+    if device.type == "cuda" and settings.compile != "off" and not has_pipeline:
+        runner: Runner = GraphRunner(checkpoints, CudaDevice(device), dtype, fixed_rows=fixed_rows)
     else:
-        runner = Runner(models, device, dtype, threads)
+        runner = Runner(
+            models,
+            device,
+            dtype,
+            threads,
+            dtype_of_pipelines=dtype_of_pipelines,
+            threads_of_pipelines=threads_of_pipelines,
+        )
     prompts = [prompt for info in runner.models.values() for prompt in info.prompts]
     runner.clip = ClipModel.load(settings.clip, device, list(dict.fromkeys(prompts)))
     if wanted and not runner.compile(settings.cache_dir, must=settings.compile == "on"):
@@ -37,8 +63,20 @@ def load_runner(settings: Settings) -> Runner:
     return runner
 
 
-def _load(path: Path, variable: str) -> Checkpoint:
+def _check_null_labels(settings: Settings) -> None:
+    for name in settings.null_labels:
+        path = settings.model_paths.get(name)
+        if path is None or path.is_file():
+            raise RunnerError(f"UNFOG_NULL_LABELS names {name!r}, which is not a served pipeline of diffusers")
+
+
+def _load(path: Path, variable: str, null_label: int | None) -> LoadedFile:
+    """Loads a checkpoint, or a folder with a pipeline of diffusers."""
     try:
-        return checkpoint.load(path)
+        if not path.is_dir():
+            return checkpoint.load(path)
+        if not find_spec("diffusers"):
+            raise CheckpointError(f"{path} is a folder. {NEEDS_DIFFUSERS}")
+        return PipelineModel(load_pipeline(path), null_label)
     except CheckpointError as error:
         raise RunnerError(f"{variable}: {error}") from error

@@ -1,4 +1,4 @@
-"""A model that is loaded on the device: its checkpoint, its step program and its description."""
+"""A model that is loaded on the device: its file, its step program and its description."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,18 +11,26 @@ from app.engine.interface import ModelInfo
 from app.engine.job import Options, StepSet
 from model.checkpoint import Checkpoint
 from model.clip_guidance import ClipGuidance
-from model.paths import timesteps_along, timesteps_of
+from model.pipelines.model import PipelineModel
+from model.pipelines.step import PipelineStep
 from model.recognition import Readout
-from model.spec import SAMPLERS, Guidance, ModelSpec, Process, Sampler
+from model.spec import PIPELINE_SAMPLERS, Guidance, Process, Sampler
 from model.step import ReverseStep, Step
+
+LoadedFile = Checkpoint | PipelineModel
+OLDEST_STEPS = 100  # T of the schedule for which the interval of CLIP guidance was chosen
 
 
 class LoadedModel:
-    """A checkpoint on the device. `step` runs one reverse step. It is `program`, or the compiled version of it."""
+    """A model on the device. `step` runs one reverse step. It is `program`, or the compiled version of it."""
 
-    def __init__(self, name: str, loaded: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        self.checkpoint, self.info = loaded, _describe(name, loaded, device, dtype)
-        self.program = ReverseStep(loaded, device, dtype)
+    def __init__(self, name: str, loaded: LoadedFile, device: torch.device, dtype: torch.dtype) -> None:
+        self.loaded, self.info = loaded, _describe(name, loaded, device, dtype)
+        self.program: ReverseStep | PipelineStep
+        if isinstance(loaded, PipelineModel):
+            self.program = loaded.step(device, dtype)
+        else:
+            self.program = ReverseStep(loaded, device, dtype)
         self.step: Step = self.program
 
     def use(self, compiled: Step) -> None:
@@ -30,8 +38,8 @@ class LoadedModel:
         self.step, self.info = compiled, replace(self.info, compiled=True)
 
 
-def _describe(name: str, loaded: Checkpoint, device: torch.device, dtype: torch.dtype) -> ModelInfo:
-    spec = loaded.config.spec
+def _describe(name: str, loaded: LoadedFile, device: torch.device, dtype: torch.dtype) -> ModelInfo:
+    spec = loaded.spec
     return ModelInfo(
         **vars(spec),
         name=name,
@@ -41,22 +49,25 @@ def _describe(name: str, loaded: Checkpoint, device: torch.device, dtype: torch.
         dtype=str(dtype).removeprefix("torch."),
         version=VERSION,
         compiled=False,
-        guided_steps=_steps_of(spec, loaded.config.guidance_of),
-        clip_steps=_steps_of(spec, lambda sampler: ClipGuidance(scale=1.0)),
+        guided_steps=_steps_of(loaded, loaded.guidance_of),
+        clip_steps=_steps_of(loaded, lambda sampler: ClipGuidance(scale=1.0), OLDEST_STEPS / spec.max_steps),
         readout=Readout.of(loaded.weights_sha256, spec.num_classes),
     )
 
 
 def _steps_of(
-    spec: ModelSpec, guidance_of: Callable[[Sampler], Guidance | ClipGuidance]
+    loaded: LoadedFile, guidance_of: Callable[[Sampler], Guidance | ClipGuidance], factor: float = 1.0
 ) -> Callable[[Options], StepSet]:
-    """Returns a function that returns the steps in which the guidance of a sampler is applied."""
+    """Returns a function that returns the steps in which the guidance of a sampler is applied.
+
+    The interval of the guidance is compared with the timesteps multiplied by `factor`.
+    """
 
     @lru_cache(maxsize=4096)
     def steps(process: Process, num_steps: int, path: tuple[int, ...]) -> StepSet:
-        if process not in SAMPLERS:
+        if process not in PIPELINE_SAMPLERS:
             return range(0)
-        timesteps = timesteps_along(path) if path else timesteps_of(spec.schedule, process, num_steps)
-        return guidance_of(process).steps_within(timesteps[:-1])
+        timesteps = loaded.timesteps(process, num_steps, path)
+        return guidance_of(process).steps_within([round(t * factor) for t in timesteps])
 
     return lambda options: steps(options.sampler, options.num_steps, options.path)

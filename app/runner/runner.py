@@ -24,24 +24,27 @@ from app.engine.step_times import StepTimes
 from app.runner.clip import ClipModel
 from app.runner.device import device_errors
 from app.runner.device_state import Plans, Slots, by_model, labels_of, num_rows_of, rows_of
-from app.runner.loaded_model import LoadedModel
+from app.runner.loaded_model import LoadedFile, LoadedModel
 from app.runner.threads import ComputeThreads
 from app.runner.transfers import Transfers
 from app.runner.warm_up import check_probe_image, measure_clip_call, measure_step_times
-from model.checkpoint import Checkpoint
 from model.clip_guidance import guide_with_clip
 from model.compiled.compiler import CompilerError, compiled_step
 from model.compiled.kernel_cache import prepare_kernel_cache
 from model.compiled.memory import return_freed_memory
 from model.noise import normal
+from model.pipelines.sampling import TorchNoise
+from model.pipelines.schedulers import COLUMNS
+from model.pipelines.step import PipelineState
 from model.pixels import to_pixels
 from model.sampler import COLUMN_OF_B
-from model.step import Rows, Stepped
+from model.step import ReverseStep, Rows, Stepped
 
 log = logging.getLogger(__name__)
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # the numbers of rows for which warm-up measures the step time
 STEPS_UNTIL_TRIM = 1000  # after this number of steps, freed memory is returned to the kernel
+FIRST_PIPELINE_SLOTS = 8  # fewer, because images of 256 x 256 pixels take 4 MB each
 FIRST_SLOTS = sum(BATCHES)  # the initial number of slots: the number that warm-up needs at the same time
 
 
@@ -66,33 +69,53 @@ class Runner:
 
     def __init__(
         self,
-        models: Mapping[str, Checkpoint],
+        models: Mapping[str, LoadedFile],
         device: torch.device,
         dtype: torch.dtype,
         threads: ComputeThreads | None = None,
         *,
         clip: ClipModel | None = None,
+        dtype_of_pipelines: torch.dtype = torch.float32,
+        threads_of_pipelines: int = 1,
     ) -> None:
+        """`dtype` and `threads` are those of checkpoints. The threads are used on a CPU only."""
         self.clip = clip
         self.network_seconds = 0.0  # time spent in network calls
         self._num_steps = 0
         self.threads = threads or ComputeThreads((torch.get_num_threads(),))
         self._transfers = Transfers(device)
         self.device, self.default_model = device, next(iter(models))
-        self._models = {name: LoadedModel(name, loaded, device, dtype) for name, loaded in models.items()}
+        self._threads_of_pipelines = threads_of_pipelines if device.type == "cpu" else None
+        dtypes = {name: dtype_of_pipelines if loaded.spec.is_pipeline else dtype for name, loaded in models.items()}
+        self._models = {name: LoadedModel(name, loaded, device, dtypes[name]) for name, loaded in models.items()}
+        self._torch_noise: dict[Trajectory, TorchNoise] = {}  # of the rows that draw their noise with torch
         # All tensors are made in inference mode, because a compiled step distinguishes inference tensors from others.
         with torch.inference_mode():
             self._plans = self._new_plans()
+            self._plans_of = {name: self._new_plans_of(info) for name, info in self.models.items()}
             self._slots = {name: self._new_slots(info) for name, info in self.models.items()}
 
     def _new_plans(self) -> Plans:
         return Plans(self.device)
 
+    def _new_plans_of(self, info: ModelInfo) -> Plans:
+        """Returns the plans of a model. Those of all checkpoints are in one table."""
+        return Plans(self.device, columns=len(COLUMNS)) if info.is_pipeline else self._plans
+
     def _new_slots(self, info: ModelInfo) -> Slots:
+        if info.is_pipeline:
+            return Slots(
+                FIRST_PIPELINE_SLOTS,
+                info.image_shape,
+                self.device,
+                self._transfers,
+                num_labels=1 + info.num_classes,
+                kind=PipelineState,
+            )
         return Slots(FIRST_SLOTS, info.image_shape, self.device, self._transfers, num_labels=1 + info.num_classes)
 
     def compile(self, cache: Path, *, must: bool) -> bool:
-        """Compiles the step of each model. Returns True if this succeeds for all models.
+        """Compiles the step of each checkpoint. Returns True if this succeeds for all of them.
 
         If a step cannot be compiled and `must` is True, raises RunnerError. If `must` is False, the model then runs
         without compilation.
@@ -100,9 +123,11 @@ class Runner:
         if self.device.type == "cuda":
             with compiler_errors():
                 prepare_kernel_cache(cache)
-        for model in self._models.values():
+        programs = [(model, model.program) for model in self._models.values()]
+        checkpoints = [(model, program) for model, program in programs if isinstance(program, ReverseStep)]
+        for model, program in checkpoints:
             try:
-                model.use(compiled_step(model.program, cache))
+                model.use(compiled_step(program, cache))
             except CompilerError as error:
                 if must:
                     raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
@@ -110,7 +135,7 @@ class Runner:
                 log.warning(
                     "Model not compiled, steps take longer", extra={"checkpoint": model.info.name, "reason": str(error)}
                 )
-        return all(model.info.compiled for model in self._models.values())
+        return all(model.info.compiled for model, _ in checkpoints)
 
     @property
     def max_rows(self) -> int | None:
@@ -178,9 +203,13 @@ class Runner:
     def _call(self, model: LoadedModel, trajectories: list[Trajectory], before_call: Callable[[], None]) -> "_Part":
         """Calls one network. Returns the results of the rows."""
         rows, slots = rows_of(trajectories, model.program.null_label, self._transfers), self._slots[model.info.name]
+        plans, is_pipeline = self._plans_of[model.info.name], model.info.is_pipeline
+        if is_pipeline:
+            self._give_torch_noise(slots, plans, trajectories)
         before_call()
         start = time.perf_counter()
-        stepped = model.step(slots.state, self._plans.table, rows)
+        with self.threads.exactly(self._threads_of_pipelines if is_pipeline else None):
+            stepped = model.step(slots.state, plans.table, rows)
         stepped = self._guide_with_clip(stepped, rows, trajectories)
         self.network_seconds += time.perf_counter() - start
         errors = None
@@ -197,7 +226,8 @@ class Runner:
         if not guided:
             return stepped
         chosen, upload = self._transfers.upload([place for place, _ in guided]), self._transfers.upload
-        b = self._plans.table[rows.plan_row[chosen], COLUMN_OF_B]  # (M,)
+        plans = self._plans_of[trajectories[0].options.model]
+        b = plans.table[rows.plan_row[chosen], COLUMN_OF_B]  # (M,)
         text = self._transfers.upload_array(np.stack([clip.text for _, clip in guided]))  # (M, E)
         scale = upload([clip.scale for _, clip in guided], torch.float32)  # (M,)
         return guide_with_clip(self.clip.clip, stepped, chosen, b, text, scale)
@@ -275,6 +305,8 @@ class Runner:
 
     def release(self, trajectories: list[Trajectory]) -> None:
         """Releases the slots of the trajectories that have one."""
+        for trajectory in trajectories:
+            self._torch_noise.pop(trajectory, None)
         for model, own in by_model(trajectories).items():
             self._slots[model].release(own)
 
@@ -299,12 +331,23 @@ class Runner:
         """Measures the step times. Models with the same network as the default model have the same times."""
         seconds, default = dict[str, dict[int, float]](), self._models[self.default_model]
         for name, model in self._models.items():
-            has_other_network = model.checkpoint.config.unet != default.checkpoint.config.unet
+            has_other_network = model.loaded.architecture != default.loaded.architecture
             if name == self.default_model or has_other_network or model.info.compiled is not default.info.compiled:
-                seconds[name] = measure_step_times(self, name, self._time_step, self.batches, should_stop)
+                seconds[name] = self._measure_model(model, should_stop)
         largest = max((info.image_shape for info in self.models.values()), key=math.prod)
         clip_seconds = measure_clip_call(self.clip.clip, largest, should_stop) if self.clip else 0.0
         return StepTimes(seconds.pop(self.default_model), clip_seconds, seconds)
+
+    def _measure_model(self, model: LoadedModel, should_stop: Callable[[], bool]) -> dict[int, float]:
+        """Returns the seconds of a step of one model by its number of rows.
+
+        On a CPU, a step of a pipeline takes the time of its calls, which all have the same number of rows.
+        """
+        name, most = model.info.name, model.program.call_rows.most
+        if not model.info.is_pipeline or most is None:
+            return measure_step_times(self, name, self._time_step, self.batches, should_stop)
+        (seconds,) = measure_step_times(self, name, self._time_step, (most,), should_stop).values()
+        return {rows: math.ceil(rows / most) * seconds for rows in self.batches}
 
     def check(self) -> None:
         """Generates the probe image of each model. Raises RunnerError if one differs from the stored image."""
@@ -344,6 +387,10 @@ class Runner:
             row.first_plan_row = self._first_plan_row(row.options)
         seed, index = map(self._transfers.upload, zip(*(row.noise_key for row in rows), strict=True))  # (B,) each
         z = normal(seed, index, torch.zeros_like(seed), image_shape)  # (B, C, H, W)
+        more = dict[str, Tensor]()
+        if self._models[rows[0].options.model].info.is_pipeline:
+            z = self._first_noise_of_pipeline(rows, z)
+            more["has_z"] = self._transfers.upload([o.noise == "torch" for o in options], torch.bool)  # (B,)
         scale = self._transfers.upload([o.guidance_scale for o in options], torch.float32)  # (B,)
         slots.begin(
             trajectories,
@@ -352,11 +399,34 @@ class Runner:
             index=index,
             guidance_scale=scale,
             **self._images_of([row.input for row in rows], z),
+            **more,
         )
 
     def _first_plan_row(self, options: Options) -> int:
         """Returns the row of the first step of these options in the table of plans."""
-        return self._plans.start_of(options, self._models[options.model].checkpoint.schedule)
+        return self._plans_of[options.model].start_of(options, self._models[options.model].loaded.plan)
+
+    def _first_noise_of_pipeline(self, rows: list[Trajectory], z: Tensor) -> Tensor:
+        """Returns the noise of the first x_t of rows of a pipeline, given the noise z (B, C, H, W) of this service."""
+        for place, row in enumerate(rows):
+            if row.options.noise == "torch":
+                seed, index = row.noise_key
+                self._torch_noise[row] = noise = TorchNoise(
+                    seed + index, self._models[row.options.model].info.image_shape
+                )
+                z[place] = noise.draw(0)[0].to(self.device)
+        plans = self._plans_of[rows[0].options.model]
+        factors = self._transfers.upload([plans.first_x_t[row.first_plan_row] for row in rows], torch.float32)  # (B,)
+        return z * factors[:, None, None, None]
+
+    def _give_torch_noise(self, slots: Slots, plans: Plans, trajectories: list[Trajectory]) -> None:
+        """Writes the noise of the next step of the rows that draw it with torch to their slots."""
+        drawing = [trajectory for trajectory in trajectories if trajectory in self._torch_noise]
+        for row in drawing:
+            is_noisy = plans.is_noisy[row.first_plan_row]
+            if is_noisy[row.step]:
+                z = self._torch_noise[row].draw(1 + sum(is_noisy[: row.step]))  # (1, C, H, W)
+                slots.write(slots.of([row]), z=z.to(self.device))
 
     def _images_of(self, inputs: list[Input | None], z: Tensor) -> dict[str, Tensor]:
         """Returns x_t, known and is_known (B, C, H, W) of new rows. z (B, C, H, W) is their noise."""

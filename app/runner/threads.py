@@ -64,6 +64,18 @@ class ComputeThreads:
             self._is_fixed = False
             self.set(self.counts[0])
 
+    @contextmanager
+    def exactly(self, count: int | None) -> Iterator[None]:
+        """Uses this number of threads within the `with` block, and the present one after it. None changes nothing."""
+        if count in (None, self.count):
+            yield
+            return
+        self._use(count)
+        try:
+            yield
+        finally:
+            self._use(self.count)
+
     def observe(self, seconds: float, on_core: float) -> None:
         """Chooses the number of threads for the next step, after a step that took `seconds`.
 

@@ -40,10 +40,12 @@ TimeStep = Callable[[list[Trajectory]], tuple[float, float]]
 
 
 def check_probe_image(runner: StepRunner, model: LoadedModel) -> None:
-    """Generates the checkpoint's probe image. Raises RunnerError if the result differs from the stored image."""
-    probe, info = model.checkpoint.config.probe, model.info
+    """Generates the probe image of the model. Raises RunnerError if the result differs from the stored image."""
+    probe, info = model.loaded.probe, model.info
     scale = info.guidance_scale[probe.sampler]
-    options = Options(probe.digit, probe.seed, probe.num_steps, probe.sampler, scale, info.name)
+    options = Options(
+        probe.digit, probe.seed, probe.num_steps, probe.sampler, scale, info.name, model.loaded.probe_path
+    )
     (trajectory,) = Job(JobRequest(options, 1, guided_steps=info.guided_steps_of(options))).unfinished
     try:
         is_finite = True
@@ -53,7 +55,7 @@ def check_probe_image(runner: StepRunner, model: LoadedModel) -> None:
         (image,) = runner.pixels([trajectory]).wait()
     finally:
         runner.release([trajectory])
-    stored = model.checkpoint.probe_image.permute(1, 2, 0).numpy()  # (H, W, C)
+    stored = model.loaded.probe_image.permute(1, 2, 0).numpy()  # (H, W, C)
     is_finite = is_finite and image is not None
     difference = 0.0 if image is None else np.abs(image / 127.5 - 1 - stored.reshape(image.shape)).mean()
     if not is_finite or difference > PROBE_TOLERANCE:

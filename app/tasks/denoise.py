@@ -11,7 +11,7 @@ from pydantic import Field
 from app.engine.interface import ModelInfo
 from app.engine.job import Input, Options, Search
 from app.errors import FieldError
-from app.tasks.fields import NOT_NULL, Number, NumSteps, SamplerName, may_be_absent
+from app.tasks.fields import NOT_NULL, Number, NumStepsOfPath, SamplerName, may_be_absent
 from app.tasks.from_image import PictureFields, job_of, kept, starting_at, task_of, unchanged
 from app.tasks.labels import Label, LabelFields, label_field, label_of, missing_label
 from app.tasks.preparation import Image, decode_for, noise_std_of, prepare, restored
@@ -52,7 +52,7 @@ class DenoiseFields(SamplingFields, LabelFields, PictureFields):
         description="mean: the expected image in one network call, which has the highest PSNR but is blurred. sample: "
         "a sharp image by the reverse process.",
     )
-    num_steps: NumSteps = Field(
+    num_steps: NumStepsOfPath = Field(
         default=None,
         description="Number of steps from pure noise, 20 by default. An image takes only those below its noise "
         "level. With mode mean, only 1 is permitted.",

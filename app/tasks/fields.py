@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from model.prompts import MAX_PROMPT_LENGTH, is_prompt
-from model.spec import MAX_GUIDANCE_SCALE, Sampler
+from model.spec import MAX_GUIDANCE_SCALE, MOST_DEFAULT_STEPS, MOST_STEPS, Sampler
 
 OWN_PREFIX = "Value error, "  # pydantic adds it to the messages of our own validators
 
@@ -40,7 +40,9 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Seconds = Annotated[Annotated[Number, Field(gt=0)] | None, NOT_NULL]
 SamplerName = Annotated[Sampler | None, NOT_NULL]
 GuidanceScale = Annotated[Annotated[Number, Field(ge=1, le=MAX_GUIDANCE_SCALE)] | None, NOT_NULL]
-NumSteps = Annotated[Annotated[int, Field(ge=1, le=100), WHOLE] | None, NOT_NULL]
+NumSteps = Annotated[Annotated[int, Field(ge=1, le=MOST_STEPS), WHOLE] | None, NOT_NULL]
+# Fewer for a path from a picture: it can start at every timestep, and the table of plans keeps each path.
+NumStepsOfPath = Annotated[Annotated[int, Field(ge=1, le=MOST_DEFAULT_STEPS), WHOLE] | None, NOT_NULL]
 AppliedFit = Literal["resize", "digit"]  # how a picture became an image
 
 

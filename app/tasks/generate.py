@@ -10,11 +10,11 @@ from pydantic import Field
 from app.engine.interface import ClipInfo, Embeddings, ModelInfo
 from app.engine.job import ClipTarget, ImageKey, JobRequest, Options
 from app.errors import FieldError
-from app.tasks.fields import NOT_NULL, Number, Prompt, may_be_absent
+from app.tasks.fields import NOT_NULL, Number, NumSteps, Prompt, may_be_absent
 from app.tasks.labels import Label, LabelFields, number_of, required_label_of
-from app.tasks.sampling import SamplingFields, options_of
+from app.tasks.sampling import SamplingFields, num_steps_field, options_of
 from app.tasks.task import Task
-from model.spec import MAX_CLIP_GUIDANCE_SCALE, Quality
+from model.spec import MAX_CLIP_GUIDANCE_SCALE, Noise, Quality
 
 # The facts about CLIP guidance of a task without it.
 NO_CLIP: Mapping[str, Any] = {"clip_guidance_scale": 0.0, "clip_prompt": None, "clip": None, "warning": None}
@@ -37,6 +37,13 @@ class GenerateFields(SamplingFields, LabelFields):
         "network. `best` is the default of the model. GET /models lists them for each model. It cannot be combined "
         "with `sampler` or `num_steps`.",
         json_schema_extra=may_be_absent,
+    )
+    num_steps: NumSteps = num_steps_field()  # more than the other tasks permit
+    noise: Noise = Field(
+        default="unfog",
+        description="How noise is drawn. unfog: from the seed and the index of the image. torch: as diffusers draws it "
+        'with `torch.Generator("cpu").manual_seed(seed + index)`, so that images can be compared. Only pipelines of '
+        "diffusers support torch.",
     )
     clip_guidance_scale: Annotated[Number, Field(ge=0, le=MAX_CLIP_GUIDANCE_SCALE)] = Field(
         default=0,
@@ -61,7 +68,8 @@ def generate(info: ModelInfo, fields: GenerateFields, images: Sequence[ImageKey]
     if fields.labels is not None:
         return _one_of_each(info, fields, [label for label in fields.labels if label is not None])
     label = required_label_of(info, fields)
-    return _task_of(info, fields, _with_clip_options(options_of(fields, label, info), label, fields, info), images)
+    options = _with_clip_options(_options_of(info, fields, label), label, fields, info)
+    return _task_of(info, fields, options, images)
 
 
 def generate_each(info: ModelInfo, fields: SamplingFields, images: Sequence[ImageKey]) -> Task:
@@ -93,8 +101,15 @@ def _one_of_each(info: ModelInfo, fields: GenerateFields, labels: Sequence[str |
     if fields.clip_guidance_scale or fields.clip_prompt is not None:
         raise FieldError("labels", "CLIP guidance has one prompt for all images. Use label instead of labels")
     images = [ImageKey(number_of(info, label, "labels"), fields.seed, i) for i, label in enumerate(labels)]
-    task = _task_of(info, fields, options_of(fields, images[0].label, info), images)
+    task = _task_of(info, fields, _options_of(info, fields, images[0].label), images)
     return replace(task, one_each=True)
+
+
+def _options_of(info: ModelInfo, fields: GenerateFields, label: int) -> Options:
+    """Returns the options without those of CLIP guidance. Raises FieldError like `generate`."""
+    if fields.noise != "unfog" and not info.is_pipeline:
+        raise FieldError("noise", f"Input should be 'unfog' for model '{info.name}'. It is no pipeline of diffusers")
+    return replace(options_of(fields, label, info), noise=fields.noise)
 
 
 def _task_of(info: ModelInfo, fields: SamplingFields, options: Options, images: Sequence[ImageKey]) -> Task:
@@ -107,7 +122,14 @@ def _task_of(info: ModelInfo, fields: SamplingFields, options: Options, images: 
     )
     # Not in `facts`: the count is not checked yet, so the list could be of any length.
     labels = partial(_labels_of, info, job)
-    return Task(info, job, num_steps=options.num_steps, scale=fields.scale, facts=NO_CLIP, result_facts=labels)
+    return Task(
+        info,
+        job,
+        num_steps=options.num_steps,
+        scale=fields.scale,
+        facts={**NO_CLIP, "noise": options.noise},
+        result_facts=labels,
+    )
 
 
 def _labels_of(info: ModelInfo, job: JobRequest) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from app.engine.interface import ModelInfo
 from app.engine.job import Input, Options, Pixels, Search
 from app.errors import FieldError
-from app.tasks.fields import GuidanceScale, NumSteps, may_be_absent
+from app.tasks.fields import GuidanceScale, NumStepsOfPath, may_be_absent
 from app.tasks.from_image import PictureFields, job_of, task_of
 from app.tasks.labels import Label, LabelFields, label_field, label_of
 from app.tasks.pictures import decode_mask, decode_transparency
@@ -41,7 +41,7 @@ class InpaintFields(SamplingFields, LabelFields, PictureFields):
         "The class to generate: its name, or its number from 0. If absent, the class that fits the pixels outside of "
         "the mask best."
     )
-    num_steps: NumSteps = Field(
+    num_steps: NumStepsOfPath = Field(
         default=None,
         description="Number of noise levels, 10 by default. All but the first are repeated, so that the new pixels fit "
         "the kept pixels.",

@@ -50,12 +50,14 @@ class LabelFields(BaseModel):
 
 
 def label_of(info: ModelInfo, fields: LabelFields) -> int | None:
-    """Returns the number of the class that a request names, or None if it names none.
+    """Returns the number of the class that a request names, or None if it names none. A lone class needs no name.
 
     Raises FieldError if the request names two classes, or one that the model does not have.
     """
     if fields.digit is None:
-        return None if fields.label is None else number_of(info, fields.label)
+        if fields.label is None:
+            return 0 if info.num_classes == 1 else None
+        return number_of(info, fields.label)
     if fields.label is not None:
         raise FieldError("label", "Send either label or digit, not both")
     if not info.has_digits:

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from app.engine.interface import ModelInfo
 from app.engine.job import Input, JobRequest, Options, Search
+from app.errors import FieldError
 from app.tasks.fields import WHOLE
 from app.tasks.from_image import PictureFields, chunks_of, fitting_facts, with_noise
 from app.tasks.task import Task
@@ -46,7 +47,12 @@ def search_by_recognition(info: ModelInfo, image: "PreparedImage") -> Search:
 
 
 def _recognition(info: ModelInfo, image: "PreparedImage", num_pairs: int) -> tuple[Options, Input, Recognition]:
-    """Returns the options and the input of a row that recognises an image, and the comparison of its classes."""
+    """Returns the options and the input of a row that recognises an image, and the comparison of its classes.
+
+    Raises FieldError for a model with one class.
+    """
+    if info.num_classes == 1:
+        raise FieldError("model", f"The model '{info.name}' has one class, so there is nothing to recognise")
     path = (*timesteps(num_pairs, info.schedule.num_steps), 0)
     options = Options(None, RECOGNITION_SEED, num_pairs, "forward", 1.0, info.name, path)
     x_0 = image.x.numpy()

@@ -30,6 +30,7 @@ _CHUNK_OF = {
     "guidance_scale": "Guidance-Scale",
     "clip_guidance_scale": "CLIP-Guidance-Scale",
     "clip_prompt": "CLIP-Prompt",
+    "noise": "Noise",
 }
 
 
@@ -122,6 +123,7 @@ def _task_of(provenance: Provenance, info: ModelInfo, indices: range, timeout: f
             num_steps=provenance.num_steps,
             sampler=provenance.sampler,  # type: ignore[arg-type] # pydantic checks it
             guidance_scale=provenance.guidance_scale,
+            noise=provenance.noise,
             **clip,
         )
         label = None if provenance.one_each else required_label_of(info, fields)

@@ -1,14 +1,14 @@
 """The options that the tasks share: their fields with limits and defaults, and what a model permits of them."""
 
 import random
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.engine.interface import ModelInfo
 from app.engine.job import FAST_MODEL, Options
 from app.errors import FieldError
-from app.tasks.fields import NOT_NULL, WHOLE, GuidanceScale, NumSteps, SamplerName, Seconds, may_be_absent
+from app.tasks.fields import NOT_NULL, WHOLE, GuidanceScale, NumStepsOfPath, SamplerName, Seconds, may_be_absent
 from app.tasks.names import either
 from model.png import MAX_SCALE, MAX_SEED
 
@@ -46,6 +46,16 @@ class ModelFields(TimedFields):
     )
 
 
+def num_steps_field() -> Any:
+    """Returns the default of a field `num_steps`."""
+    return Field(
+        default=None,
+        description="Number of denoising steps. If absent, the default of the model (shipped checkpoints: 100 for "
+        "`default`, 4 for `fast`).",
+        json_schema_extra=may_be_absent,
+    )
+
+
 class SamplingFields(ModelFields):
     """The fields of every request for images."""
 
@@ -53,17 +63,12 @@ class SamplingFields(ModelFields):
     seed: Annotated[
         int, Field(ge=0, le=MAX_SEED, description="Random seed. If absent, the server chooses and returns one."), WHOLE
     ] = Field(default_factory=new_seed)
-    num_steps: NumSteps = Field(
-        default=None,
-        description="Number of denoising steps. If absent, the default of the model (shipped checkpoints: 100 for "
-        "`default`, 4 for `fast`).",
-        json_schema_extra=may_be_absent,
-    )
+    num_steps: NumStepsOfPath = num_steps_field()
     sampler: SamplerName = Field(
         default=None,
         description="ddpm: ancestral sampling with the posterior variance. ddim: deterministic. dpmpp: "
-        "DPM-Solver++(2M). If absent, the default of the model (shipped checkpoints: ddpm for `default`, ddim for "
-        "`fast`).",
+        "DPM-Solver++(2M). euler: Euler's method, for pipelines of diffusers only. If absent, the default of the model "
+        "(shipped checkpoints: ddpm for `default`, ddim for `fast`).",
         json_schema_extra=may_be_absent,
     )
     guidance_scale: GuidanceScale = Field(
@@ -102,8 +107,8 @@ def options_of(fields: SamplingFields, label: int | None, info: ModelInfo) -> Op
         guidance_scale=fields.guidance_scale or info.guidance_scale[sampler],
         model=info.name,
     )
-    if options.num_steps > info.max_steps:
-        raise _unsupported("num_steps", f"less than or equal to {info.max_steps}", info)
+    if options.num_steps > (most_steps := info.max_steps_of(sampler)):
+        raise _unsupported("num_steps", f"less than or equal to {most_steps}", info)
     if info.steps and options.num_steps not in info.steps:
         raise _unsupported("num_steps", " or ".join(map(str, info.steps)), info)
     if options.guidance_scale != 1 and not info.guidable:

@@ -64,4 +64,5 @@ class Task:
             clip=clip,
             has_digits=self.info.has_digits,
             one_each=self.one_each,
+            noise=options.noise,
         )

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint import CheckpointError
+from model.checkpoint import CheckpointError, check_names
 from model.pipelines.schedulers import Scheduler
 
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NETWORK = "UNet2DModel"
+NAMES = "id2label"  # key of the names of the classes in the index
 MAX_JSON_BYTES = 1 << 20
 # Limits of a network, which are checked before it is built.
 LARGEST_IMAGE, MAX_LEVELS, MAX_WIDTH, MAX_LAYERS, MAX_CLASSES = 256, 8, 4096, 16, 10_000
@@ -38,8 +39,13 @@ class Pipeline:
     network: "PipelineNetwork"
     scheduler: Scheduler
     image_shape: tuple[int, int, int]  # (C, H, W)
-    num_classes: int  # 0 for a network without classes
+    class_names: tuple[str, ...]  # of the labels of the network; empty for a network without classes
     sha256: str  # digest of the weights and of both configurations
+
+    @property
+    def num_classes(self) -> int:
+        """The number of labels of the network, or 0."""
+        return len(self.class_names)
 
 
 class PipelineNetwork(nn.Module):
@@ -65,6 +71,7 @@ def load_pipeline(folder: Path, *, eta: float = 0.0, use_clipped_model_output: b
     files = _files_of(folder)
     config, scheduler_config = _read_json(files.config), _read_json(files.scheduler)
     image_shape, num_classes = _check_network(files.config, config)
+    class_names = _class_names(folder / INDEX, num_classes)
     _check_memory(files.weights)
     try:
         scheduler = Scheduler(scheduler_config, eta=eta, use_clipped_model_output=use_clipped_model_output)
@@ -76,7 +83,7 @@ def load_pipeline(folder: Path, *, eta: float = 0.0, use_clipped_model_output: b
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     network = PipelineNetwork(unet, num_classes).eval().requires_grad_(False)
-    return Pipeline(network, scheduler, image_shape, num_classes, digest.hexdigest())
+    return Pipeline(network, scheduler, image_shape, class_names, digest.hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +118,7 @@ def _files_of(folder: Path) -> _Files:
 def _check_parts(path: Path) -> None:
     """Raises CheckpointError if a pipeline has other parts than a UNet2DModel and a scheduler, or code of its own."""
     parts = {name: part for name, part in _read_json(path).items() if not name.startswith("_") and part != [None, None]}
+    parts.pop(NAMES, None)
     for name in sorted(parts):
         part = parts[name]
         if name not in ("unet", "scheduler"):
@@ -121,6 +129,24 @@ def _check_parts(path: Path) -> None:
             raise CheckpointError(f"{path}: the part {name!r} has code of its own, which is not executed")
     if parts.get("unet") != ["diffusers", NETWORK]:
         raise CheckpointError(f"{path}: the part 'unet' must be a {NETWORK} of diffusers")
+
+
+def _class_names(index: Path, num_classes: int) -> tuple[str, ...]:
+    """Returns the names of the labels: those of `id2label`, as DiTPipeline has it, or otherwise "class 0" and so on.
+
+    Raises CheckpointError for invalid names.
+    """
+    given = _read_json(index).get(NAMES) if index.exists() and num_classes else None
+    if given is None:
+        return tuple(f"class {label}" for label in range(num_classes))
+    if not isinstance(given, dict) or set(given) != set(map(str, range(num_classes))):
+        raise CheckpointError(f"{index}: {NAMES} must have a name for each label from 0 to {num_classes - 1}")
+    names = tuple(str(given[str(label)]) for label in range(num_classes))
+    try:
+        check_names(names, num_classes)
+    except ValueError as error:
+        raise CheckpointError(f"{index}: {NAMES} is not valid: {error}") from error
+    return names
 
 
 def _without_weights(folder: Path, of_network: Path) -> str:
@@ -237,6 +263,7 @@ def _load_network(files: _Files) -> nn.Module:
             files.config.parent,
             use_safetensors=True,
             local_files_only=True,
+            low_cpu_mem_usage=False,  # True needs the package accelerate
             output_loading_info=True,
             torch_dtype=torch.float32,
         )

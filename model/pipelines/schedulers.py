@@ -5,23 +5,28 @@ the output F of the network, and coefficients that depend on the configuration a
 
     u      = (skip x_t - scale F) / signal                  the predicted x_0
     x_0    = clamp(u, -clip, clip)
-    x_prev = a x_t + b x_0 + c x_0_prev + d u + s z
+    x_prev = a x_t + b x_0 + c x_0_prev + s z + d u
 
 d is not 0 only for DDIM with clipping: its direction is that of the noise in the network's output, which belongs to u.
+The first five columns are those of `Plan` in model/sampler.py, so that both kinds of plans fit into one table.
 
 Timesteps and noise levels are those of the scheduler of diffusers. Only the coefficients are computed here, with
 float64. The level of x_t = alpha x_0 + sigma eps is a pair (alpha, sigma) with alpha^2 + sigma^2 = 1.
 """
 
+import copy
 import importlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from model.prediction import unclipped_x_0
+from model.sampler import reverse_step
 
 Level = tuple[float, float]  # alpha and sigma
 # The keys of a configuration that a plan does not support, with the values that it does.
@@ -44,27 +49,48 @@ class StepOfPlan:
     t: float
     a: float
     b: float
-    c: float
-    d: float
-    s: float
     skip: float
     scale: float
     signal: float
+    _: KW_ONLY
+    c: float = 0.0
+    s: float = 0.0
+    of_known: float = 1.0  # the error of a step compares u with of_known known + of_x_t x_t, at known pixels
+    of_x_t: float = 0.0
+    d: float = 0.0
     clip: float = math.inf
+    end: float = 0.0  # 1 in the last step: the image is x_prev, which some schedulers do not set to x_0
+
+    @property
+    def row(self) -> list[float]:
+        """The row of the table of plans."""
+        return [getattr(self, name) for name in COLUMNS]
+
+
+COLUMNS = ("t", "a", "b", "c", "s", "of_known", "of_x_t", "d", "skip", "scale", "signal", "clip", "end")
+MIX = slice(COLUMNS.index("skip"), COLUMNS.index("signal") + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class PipelinePlan:
-    """The steps of a scheduler. `table` is (num_steps, 10) float32, with the fields of StepOfPlan as columns."""
+    """The steps of a scheduler. `rows` is (num_steps, 13) float32, with the columns COLUMNS."""
 
-    table: Tensor
-    start: float  # the first x_t is the noise multiplied by this number
-    draws_noise: tuple[bool, ...]  # for each step: diffusers draws noise, even if s is 0
+    rows: Tensor
+    start: float = 1.0  # the first x_t is the noise multiplied by this number
+
+    @classmethod
+    def of(cls, steps: Sequence[StepOfPlan], start: float = 1.0) -> "PipelinePlan":
+        """Returns the plan with these steps."""
+        return cls(torch.tensor([step.row for step in steps], dtype=torch.float64).float(), start)
 
     @property
     def num_steps(self) -> int:
         """The number of steps. Each calls the network once."""
-        return len(self.table)
+        return len(self.rows)
+
+    def table(self, device: torch.device) -> Tensor:
+        """Returns `rows` on the device."""
+        return self.rows.to(device)
 
 
 class Scheduler:
@@ -78,10 +104,7 @@ class Scheduler:
         name = config.get("_class_name")
         if not isinstance(name, str) or name not in _PLANS:
             raise ValueError(f"_class_name is {name!r}. Supported schedulers are {', '.join(_PLANS)}")
-        for key, values in SUPPORTED.items():
-            if key in config and config[key] not in values:
-                shown = " or ".join(map(repr, values))
-                raise ValueError(f"{key} is {config[key]!r}. Supported is {shown}")
+        _check_supported(config)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be 0 to 1, got {eta}")
         num_timesteps = config.get("num_train_timesteps", 1000)
@@ -90,19 +113,34 @@ class Scheduler:
         self.name, self.num_timesteps = name, num_timesteps
         self.eta, self.use_clipped_model_output = eta, use_clipped_model_output
         options = {key: value for key, value in config.items() if not key.startswith("_")}
-        try:
-            own, unknown = getattr(importlib.import_module("diffusers"), name).from_config(
-                options, return_unused_kwargs=True
-            )
-        except Exception as error:  # diffusers raises errors of many types for an invalid configuration
-            raise ValueError(f"{name} does not accept the configuration: {error}".splitlines()[0]) from error
+        self._own, unknown = _from_config(name, options)
         if unknown:
             raise ValueError(f"{min(unknown)} is unknown to the installed diffusers. Install a newer release of it")
-        self._own, self.config = own, own.config
-        if len(own.betas) != num_timesteps:
-            raise ValueError(f"trained_betas has {len(own.betas)} values, but num_train_timesteps is {num_timesteps}")
-        if not ((own.betas > 0) & (own.betas <= 1)).all():
+        if len(self.betas) != num_timesteps:
+            raise ValueError(f"trained_betas has {len(self.betas)} values, but num_train_timesteps is {num_timesteps}")
+        if not ((self.betas > 0) & (self.betas <= 1)).all():
             raise ValueError("the betas must be above 0 and at most 1, so that the image loses signal in each timestep")
+
+    @property
+    def config(self) -> Any:
+        """The complete configuration, with the defaults of diffusers: a mapping whose keys are attributes too."""
+        return self._own.config
+
+    @property
+    def betas(self) -> Tensor:
+        """The variance of the noise that each timestep of the training adds, (T,) float32."""
+        betas: Tensor = self._own.betas
+        return betas
+
+    def replaced_by(self, name: str) -> "Scheduler":
+        """Returns another scheduler for the same network, as `from_config(pipeline.scheduler.config)` does.
+
+        Raises ValueError if it is not supported.
+        """
+        other = copy.copy(self)
+        other.name, (other._own, _) = name, _from_config(name, self.config)
+        _check_supported(other.config)
+        return other
 
     def plan(self, num_steps: int) -> PipelinePlan:
         """Returns the plan for `num_steps` steps.
@@ -111,24 +149,26 @@ class Scheduler:
         """
         if not 1 <= num_steps <= self.num_timesteps:
             raise ValueError(f"num_steps must be 1 to {self.num_timesteps}, got {num_steps}")
+        making = copy.copy(self)  # a scheduler of diffusers has a state, and several threads make plans
+        making._own = copy.deepcopy(self._own)
         try:
-            self._own.set_timesteps(num_steps)
-            steps, draws_noise = _PLANS[self.name](self)
+            making._own.set_timesteps(num_steps)
+            steps = _PLANS[self.name](making)
         except Exception as error:  # such as a TypeError for a value of a wrong type
             raise ValueError(f"{self.name} has no plan for its configuration: {error}".splitlines()[0]) from error
-        if self.timesteps.count(self.timesteps[0]) > 1:  # diffusers itself would begin with the second of them
+        if making.timesteps.count(making.timesteps[0]) > 1:  # diffusers itself would begin with the second of them
             raise ValueError(
                 f"num_steps is {num_steps}, but the first two steps would have the same timestep. Use fewer"
             )
         if steps[0].signal == 0:
             raise ValueError("rescale_betas_zero_snr needs prediction_type 'v_prediction' or 'sample'")
-        table = torch.tensor([astuple(step) for step in steps], dtype=torch.float64).float()
-        return PipelinePlan(table, self._start(), tuple(draws_noise))
+        return PipelinePlan.of([*steps[:-1], replace(steps[-1], end=1.0)], making._start())
 
     @property
     def timesteps(self) -> list[float]:
         """The timesteps of the plan that is made, as diffusers counts them."""
-        return [float(t) for t in self._own.timesteps]
+        timesteps: list[float] = self._own.timesteps.tolist()
+        return timesteps
 
     def alpha_bar(self, t: float, end: float = 1.0) -> float:
         """Returns the product of the alphas up to a timestep, or `end` before the first one."""
@@ -161,10 +201,24 @@ class Scheduler:
         return float(self._own.init_noise_sigma) * self.levels[0][0]
 
 
-Steps = tuple[list[StepOfPlan], list[bool]]
+def _check_supported(config: Mapping[str, Any]) -> None:
+    for key, values in SUPPORTED.items():
+        if key in config and config[key] not in values:
+            shown = " or ".join(map(repr, values))
+            raise ValueError(f"{key} is {config[key]!r}. Supported is {shown}")
 
 
-def _ddpm(scheduler: Scheduler) -> Steps:
+def _from_config(name: str, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns the scheduler of diffusers, and the options that it does not know."""
+    kind = getattr(importlib.import_module("diffusers"), name)
+    try:
+        own, unknown = kind.from_config(config, return_unused_kwargs=True)
+    except Exception as error:  # diffusers raises errors of many types for an invalid configuration
+        raise ValueError(f"{name} does not accept the configuration: {error}".splitlines()[0]) from error
+    return own, unknown
+
+
+def _ddpm(scheduler: Scheduler) -> list[StepOfPlan]:
     """Ancestral sampling with the posterior q(x_prev | x_t, x_0), Ho 2020, eq. 6 and 7.
 
     1 - alpha_t has only a few correct digits in float32, in which diffusers computes it. It is rounded here in the same
@@ -180,11 +234,11 @@ def _ddpm(scheduler: Scheduler) -> Steps:
         variance = beta_t if is_large else max(beta_bar_prev / beta_bar_t * beta_t, 1e-20)
         s = math.sqrt(variance) if t > 0 else 0.0
         mix = scheduler.mix((math.sqrt(alpha_bar_t), math.sqrt(beta_bar_t)))
-        steps.append(StepOfPlan(t, a, b, 0.0, 0.0, s, *mix, scheduler.clip))
-    return steps, [step.t > 0 for step in steps]
+        steps.append(StepOfPlan(t, a, b, *mix, s=s, clip=scheduler.clip))
+    return steps
 
 
-def _ddim(scheduler: Scheduler) -> Steps:
+def _ddim(scheduler: Scheduler) -> list[StepOfPlan]:
     """DDIM, Song 2021, eq. 12 and 16. The last step ends at `final_alpha_cumprod`."""
     end, length = float(scheduler._own.final_alpha_cumprod), scheduler.num_timesteps // len(scheduler.timesteps)
     steps = []
@@ -198,23 +252,23 @@ def _ddim(scheduler: Scheduler) -> Steps:
         of_direction, b = -a * math.sqrt(alpha_bar_t), math.sqrt(alpha_bar_prev)
         b, d = (b + of_direction, 0.0) if scheduler.use_clipped_model_output else (b, of_direction)
         mix = scheduler.mix((math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)))
-        steps.append(StepOfPlan(t, a, b, 0.0, d, s, *mix, scheduler.clip))
-    return steps, [scheduler.eta > 0] * len(steps)
+        steps.append(StepOfPlan(t, a, b, *mix, s=s, d=d, clip=scheduler.clip))
+    return steps
 
 
-def _dpmpp(scheduler: Scheduler) -> Steps:
+def _dpmpp(scheduler: Scheduler) -> list[StepOfPlan]:
     """DPM-Solver++ of order 1 or 2, Lu 2022b, algorithm 2, with the correction of the solver "midpoint" or "heun"."""
-    config, levels, steps = scheduler.config, scheduler.levels, list[StepOfPlan]()
+    config, levels, timesteps, steps = scheduler.config, scheduler.levels, scheduler.timesteps, list[StepOfPlan]()
     ends_in_first_order = (
         config.euler_at_final
         or config.final_sigmas_type == "zero"
-        or (config.lower_order_final and len(scheduler.timesteps) < 15)
+        or (config.lower_order_final and len(timesteps) < 15)
     )
     h_before = math.nan
-    for k, (t, (level, level_prev)) in enumerate(zip(scheduler.timesteps, pairwise(levels), strict=True)):
+    for k, (t, (level, level_prev)) in enumerate(zip(timesteps, pairwise(levels), strict=True)):
         (_, sigma_t), (alpha_prev, sigma_prev) = level, level_prev
         h = _half_log_snr(level_prev) - _half_log_snr(level)
-        is_last = k == len(scheduler.timesteps) - 1
+        is_last = k == len(timesteps) - 1
         is_first_order = config.solver_order == 1 or k == 0 or (is_last and ends_in_first_order)
         if is_first_order:
             correction = 0.0
@@ -224,22 +278,21 @@ def _dpmpp(scheduler: Scheduler) -> Steps:
             correction = alpha_prev * (math.expm1(-h) / h + 1) * h / h_before
         b = -alpha_prev * math.expm1(-h)
         mix = scheduler.mix(level)
-        steps.append(StepOfPlan(t, sigma_prev / sigma_t, b + correction, -correction, 0.0, 0.0, *mix))
+        steps.append(StepOfPlan(t, sigma_prev / sigma_t, b + correction, *mix, c=-correction))
         h_before = h
-    return steps, [False] * len(steps)
+    return steps
 
 
-def _euler(scheduler: Scheduler) -> Steps:
+def _euler(scheduler: Scheduler) -> list[StepOfPlan]:
     """Euler's method for the probability flow, Karras 2022, algorithm 1, for x_t instead of x_t / alpha."""
     steps, levels = [], scheduler.levels
     for t, (level, level_prev) in zip(scheduler.timesteps, pairwise(levels), strict=True):
         (alpha_t, sigma_t), (alpha_prev, sigma_prev) = level, level_prev
         a = sigma_prev / sigma_t
-        steps.append(StepOfPlan(t, a, alpha_prev - a * alpha_t, 0.0, 0.0, 0.0, *scheduler.mix(level)))
+        steps.append(StepOfPlan(t, a, alpha_prev - a * alpha_t, *scheduler.mix(level)))
     end, _ = levels[-1]  # the result is x_t / alpha
-    last = steps[-1]
-    steps[-1] = StepOfPlan(last.t, last.a / end, last.b / end, *astuple(last)[3:])
-    return steps, [False] * len(steps)
+    steps[-1] = replace(steps[-1], a=steps[-1].a / end, b=steps[-1].b / end)
+    return steps
 
 
 def _float32(number: float) -> float:
@@ -251,7 +304,7 @@ def _half_log_snr(level: Level) -> float:
     return math.log(alpha / sigma) if sigma else math.inf
 
 
-_PLANS: dict[str, Callable[[Scheduler], Steps]] = {
+_PLANS: dict[str, Callable[[Scheduler], list[StepOfPlan]]] = {
     "DDPMScheduler": _ddpm,
     "DDIMScheduler": _ddim,
     "DPMSolverMultistepScheduler": _dpmpp,
@@ -259,9 +312,20 @@ _PLANS: dict[str, Callable[[Scheduler], Steps]] = {
 }
 
 
-def pipeline_step(x_t: Tensor, x_0_prev: Tensor, output: Tensor, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns x_prev and x_0, (B, C, H, W) each, for one step of B rows. `rows` (B, 10) are rows of a plan's table."""
-    _, a, b, c, d, s, skip, scale, signal, clip = rows[:, :, None, None, None].unbind(dim=1)  # (B, 1, 1, 1) each
-    u = (skip * x_t - scale * output) / signal
-    x_0 = u.clamp(-clip, clip)
-    return a * x_t + b * x_0 + c * x_0_prev + d * u + s * z, x_0
+def clipped_x_0(x_t: Tensor, output: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns u and x_0, (B, C, H, W) each, for an output F (B, C, H, W) and rows (B, 13) of the table of plans."""
+    clip = rows[:, COLUMNS.index("clip"), None, None, None]  # (B, 1, 1, 1)
+    u = unclipped_x_0(x_t, output, rows[:, MIX])  # (B, C, H, W)
+    return u, u.clamp(-clip, clip)
+
+
+def pipeline_step(
+    x_t: Tensor, x_0_prev: Tensor, u: Tensor, x_0: Tensor, z: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns x_prev and the image that is shown after the step, (B, C, H, W) each.
+
+    The image is x_0, and x_prev after the last step. `rows` (B, 13) are rows of the table of plans.
+    """
+    d, is_last = (rows[:, COLUMNS.index(name), None, None, None] for name in ("d", "end"))  # (B, 1, 1, 1) each
+    x_prev = reverse_step(x_t, x_0, x_0_prev, z, rows[:, 1:5]) + d * u  # (B, C, H, W)
+    return x_prev, x_prev.where(is_last == 1, x_0)

@@ -39,6 +39,7 @@ from app.runner.graphs.graph_runner import BATCHES, GraphRunner
 from app.server.server import bind, serve
 from app.settings import Settings
 from model import checkpoint
+from model.step import ReverseStep
 from scripts.benchmark.operations import Operations
 from scripts.benchmark.sleeping_runner import STEP_SECONDS, EagerDevice, SleepingRunner
 
@@ -122,6 +123,7 @@ def count_operations(job: Job) -> Counter[str]:
     torch.set_num_threads(1)
     runner = GraphRunner({"default": checkpoint.load(checkpoint.SHIPPED)}, EagerDevice(), torch.bfloat16)
     program, operations = runner._models["default"].program, Operations()
+    assert isinstance(program, ReverseStep)
     denoise = program.denoise
 
     def counted(x_t: Tensor, c: Tensor) -> Tensor:

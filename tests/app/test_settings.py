@@ -65,7 +65,9 @@ def test_empty_variable_means_the_default(variable: str, monkeypatch: pytest.Mon
 
 
 def test_defaults_table_contains_every_setting() -> None:
-    assert {field for field, _ in DEFAULTS.values()} | {"cache_dir", "models"} == set(Settings.model_fields)
+    assert {field for field, _ in DEFAULTS.values()} | {"cache_dir", "models", "null_labels"} == set(
+        Settings.model_fields
+    )
 
 
 @pytest.mark.parametrize("field", Settings.model_fields)

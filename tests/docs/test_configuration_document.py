@@ -19,7 +19,9 @@ ROWS = {
     row["Variable"].strip("`"): row for table in tables_in(CONFIGURATION.text) for row in table if [*row] == COLUMNS
 }
 NUMBERS = {
-    field for field, info in Settings.model_fields.items() if re.search(r"\b(int|float)\b", str(info.annotation))
+    field
+    for field, info in Settings.model_fields.items()
+    if re.search(r"\b(int|float)\b", str(info.annotation)) and not str(info.annotation).startswith("dict")
 }
 RANGE = re.compile(r"(\d+) to (\d+)|(\d+) or more|more than (\d+)")
 WORDS_OF_VALIDATORS = {"device": {"auto", "cpu", "cuda"}, "max_batch": {"auto"}, "give_up_seconds": {"never"}}

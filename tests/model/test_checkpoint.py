@@ -35,7 +35,7 @@ from model.checkpoint import (
 )
 from model.prediction import PredictionConfig
 from model.prompts import default_prompt, is_prompt
-from model.schedule import ScheduleConfig
+from model.schedule import Schedule, ScheduleConfig
 from model.spec import Guidance
 from model.unet import UNet
 from tests.tiny import tiny_unet
@@ -113,7 +113,7 @@ def rejection(path: Path) -> str:
 def test_load_returns_what_save_wrote(network: UNet, saved: Path) -> None:
     loaded = load(saved)
     assert loaded.config == config_of(network)
-    assert loaded.schedule.config == ScheduleConfig(kind="linear")
+    assert loaded.schedule == Schedule(ScheduleConfig(kind="linear"))
     assert loaded.image_shape == (1, 8, 8)
     before, after = network.state_dict(), loaded.network.state_dict()
     assert list(before) == list(after)
@@ -493,7 +493,8 @@ def set_num_classes(metadata: dict[str, Any], num_classes: int) -> None:
         (lambda m: m["guidance"].update(scale=float("nan")), "guidance.scale must be a number"),
         (lambda m: m["guidance"].update(stop=HUGE), "guidance.stop must be an integer"),
         (lambda m: m["probe"].update(seed=HUGE), "probe.seed must be an integer"),
-        (lambda m: m.update(samplers=["euler"]), "samplers[0] must be one of ddpm, ddim, dpmpp"),
+        (lambda m: m.update(samplers=["heun"]), "samplers[0] must be one of ddpm, ddim, dpmpp, euler"),
+        (lambda m: m.update(samplers=["euler"]), "samplers and probe.sampler must be one or more of ddpm, ddim, dpmpp"),
         (lambda m: m.update(class_names=["a"] * 9), "9 class names, but the network has 10 classes"),
         (lambda m: m.update(class_names=[*"abcdefghi", "a"]), "class names must differ, but 'a' occurs more than once"),
         (lambda m: m.update(class_names=["a" * 101, *"bcdefghij"]), "a string of at most 100 characters"),

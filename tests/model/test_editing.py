@@ -6,7 +6,7 @@ from model.editing import start_timestep
 from model.schedule import Schedule, ScheduleConfig
 
 SCHEDULES = [Schedule(ScheduleConfig(kind=kind, num_steps=n)) for kind in ("cosine", "linear") for n in (100, 1000)]
-EVERY_SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.config.kind}-{s.num_steps}")
+EVERY_SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.alpha_bar[-1]:.0e}-{s.num_steps}")
 
 
 @EVERY_SCHEDULE

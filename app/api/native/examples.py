@@ -24,6 +24,7 @@ GENERATED = {
     "images": [{"index": 0, "png": DIGIT}],
     "timing": {"queue_seconds": 0.000214, "denoise_seconds": 0.412806, "total_seconds": 0.413325},
     "labels": ["7"],
+    "noise": "unfog",
     "clip_guidance_scale": 0.0,
     "clip_prompt": None,
     "clip": None,

@@ -29,7 +29,7 @@ from app.tasks.labels import MAX_DIGIT
 from app.tasks.picture_files import damaged
 from app.tasks.sampling import max_scale_of
 from model.png import MAX_SCALE
-from model.spec import MOST_STEPS, SAMPLERS, ModelSpec
+from model.spec import MOST_STEPS, PIPELINE_SAMPLERS, ModelSpec
 
 ONE_CLASS: Schema = {"not": {"required": ["label", "digit"]}}
 WORK_STATUSES = {status: text for status, text in STATUS.items() if status != 501}
@@ -152,7 +152,7 @@ def _condition(model: str, spec: ModelSpec, names: Collection[str], default: str
         fields["num_steps"] = {"enum": sorted(spec.steps)}
     elif spec.max_steps < MOST_STEPS:
         fields["num_steps"] = {"maximum": spec.max_steps}
-    if set(spec.samplers) != set(SAMPLERS):
+    if set(spec.samplers) != set(PIPELINE_SAMPLERS):
         fields["sampler"] = {"enum": list(spec.samplers)}
     if not spec.guidable:
         fields["guidance_scale"] = {"const": 1}

@@ -76,6 +76,8 @@ def _class_of(prompt: str, info: ModelInfo) -> int:
     if len(labels) == 1:
         return labels.pop()
     what_to_do = f"Name exactly one class of the model '{info.name}'. GET /models lists all {info.num_classes} names"
+    if len(names) == 1:
+        raise ValueError(f"The prompt must contain the only class of the model '{info.name}': {names[0]}")
     if labels:
         raise ValueError(
             f"The prompt names several classes: {_listed(names[label] for label in sorted(labels))}. {what_to_do}"

@@ -108,6 +108,7 @@ def test_document_describes_the_body_and_responses_of_generate() -> None:
         "guidance_scale",
         "clip_guidance_scale",
         "clip_prompt",
+        "noise",
         "scale",
         "model",
         "timeout_seconds",

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,9 @@ from app.runner.transfers import Transfers
 from model.checkpoint import Checkpoint
 from model.pixels import to_pixels
 from model.process import draw as draw_alone
-from model.sampler import make_plan
+from model.sampler import Plan, make_plan, plan_through
 from model.schedule import Schedule, ScheduleConfig
+from model.spec import Process
 from model.step import ReverseStep
 from tests.app.runner.rows import CPU, GREY_AND_COLOUR, draw, equal, new_runner, rows_of, step
 
@@ -285,10 +286,14 @@ def options(num_steps: int, model: str = "default") -> Options:
     return Options(0, 0, num_steps, "ddim", 1.0, model)
 
 
+def plan_of(process: Process, num_steps: int, path: Sequence[int]) -> Plan:
+    return plan_through(SCHEDULE, process, path) if path else make_plan(SCHEDULE, process, num_steps)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("first_rows", [4, 1000])
 def test_start_of_a_plan_does_not_change_when_other_plans_are_added(first_rows: int) -> None:
     table = Plans(CPU, first_rows)
-    starts = {num_steps: table.start_of(options(num_steps), SCHEDULE) for num_steps in (7, 100, 1, 30)}
+    starts = {num_steps: table.start_of(options(num_steps), plan_of) for num_steps in (7, 100, 1, 30)}
     for num_steps, start in starts.items():
         expected = make_plan(SCHEDULE, "ddim", num_steps).table(CPU)
         assert torch.equal(table.table[start : start + num_steps], expected)
@@ -296,9 +301,9 @@ def test_start_of_a_plan_does_not_change_when_other_plans_are_added(first_rows: 
 
 def test_plan_of_each_model_is_made_once() -> None:
     table = Plans(CPU)
-    first = table.start_of(options(10), SCHEDULE)
-    assert table.start_of(options(10), SCHEDULE) == first
-    assert table.start_of(options(10, "fast"), SCHEDULE) == first + 10
+    first = table.start_of(options(10), plan_of)
+    assert table.start_of(options(10), plan_of) == first
+    assert table.start_of(options(10, "fast"), plan_of) == first + 10
 
 
 def test_table_of_plans_has_room_for_all_plans_with_up_to_100_steps() -> None:
@@ -306,5 +311,5 @@ def test_table_of_plans_has_room_for_all_plans_with_up_to_100_steps() -> None:
     size = len(table.table)
     for sampler in ("ddpm", "ddim", "dpmpp"):
         for num_steps in range(1, 101):
-            table.start_of(Options(0, 0, num_steps, sampler, 1.0), SCHEDULE)
+            table.start_of(Options(0, 0, num_steps, sampler, 1.0), plan_of)
     assert len(table.table) == size

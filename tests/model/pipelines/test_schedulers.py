@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.pipelines.schedulers import PipelinePlan, Scheduler, pipeline_step
+from model.pipelines.schedulers import PipelinePlan, Scheduler, clipped_x_0, pipeline_step
 
 with warnings.catch_warnings():  # the dependencies of diffusers raise warnings
     warnings.simplefilter("ignore")
@@ -76,6 +76,10 @@ def network(x_t: Tensor, t: Tensor | float) -> Tensor:
     return torch.tanh(0.7 * x_t + 0.2 * x_t.roll(1, dims=-1) + 0.4 * torch.sin(time / 90))
 
 
+def step(x_t: Tensor, x_0_prev: Tensor, output: Tensor, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    return pipeline_step(x_t, x_0_prev, *clipped_x_0(x_t, output, rows), z, rows)
+
+
 class Pair:
     """A scheduler of diffusers, the plan for it, and the loop of diffusers' pipelines."""
 
@@ -91,7 +95,7 @@ class Pair:
         generator = torch.Generator().manual_seed(seed)
         draws = [torch.randn(SHAPE, generator=generator)]
         return draws + [
-            torch.randn(SHAPE, generator=generator) if z else torch.zeros(SHAPE) for z in self.plan.draws_noise
+            torch.randn(SHAPE, generator=generator) if s else torch.zeros(SHAPE) for s in self.plan.rows[:, 4]
         ]
 
     def run_theirs(self, seed: int) -> list[Tensor]:
@@ -113,9 +117,9 @@ class Pair:
         """Does the same with the plan. With `given`, each step starts from this x_t instead of its own."""
         first, *noises = self.noises(seed)
         visited, x_0 = [first * self.plan.start], torch.zeros(SHAPE)
-        for k, (row, z) in enumerate(zip(self.plan.table.split(1), noises, strict=True)):
+        for k, (row, z) in enumerate(zip(self.plan.rows.split(1), noises, strict=True)):
             x_t = given[k] if given else visited[-1]
-            x_t, x_0 = pipeline_step(x_t, x_0, network(x_t, row[:, 0]), z, row)
+            x_t, x_0 = step(x_t, x_0, network(x_t, row[:, 0]), z, row)
             visited.append(x_t)
         return visited
 
@@ -167,13 +171,13 @@ def test_fewest_and_most_steps_equal_those_of_diffusers(name: str, num_steps: in
 
 def test_rows_of_different_schedulers_and_steps_have_the_same_bits_as_alone() -> None:
     plans = [Pair(name, UNCLIPPED[name], 10 + 3 * k).plan for k, name in enumerate(UNCLIPPED)]
-    rows = torch.stack([plan.table[3 * k] for k, plan in enumerate(plans)])  # (4, 10)
+    rows = torch.stack([plan.rows[3 * k] for k, plan in enumerate(plans)])  # (4, 13)
     generator = torch.Generator().manual_seed(0)
     x_t, x_0_prev, z = torch.randn(3, 4, *SHAPE[1:], generator=generator)
-    output = network(x_t, rows[:, 0])
-    together = pipeline_step(x_t, x_0_prev, output, z, rows)
+    given = (x_t, x_0_prev, network(x_t, rows[:, 0]), z, rows)
+    together = step(*given)
     for k in range(4):
-        alone = pipeline_step(*(each[k : k + 1] for each in (x_t, x_0_prev, output, z, rows)))
+        alone = step(*(each[k : k + 1] for each in given))
         assert all(torch.equal(own[0], each[k]) for own, each in zip(alone, together, strict=True))
 
 

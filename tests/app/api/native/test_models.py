@@ -47,12 +47,12 @@ def test_models_are_listed_with_the_options_that_they_permit() -> None:
 
 
 def test_alpha_bar_has_every_timestep_and_max_steps_is_the_limit_of_requests() -> None:
-    schedule = Schedule(ScheduleConfig(num_steps=400))
+    schedule = Schedule(ScheduleConfig(num_steps=1500))
 
     async def check(client: httpx.AsyncClient) -> None:
         (model,) = (await client.get("/models")).json()["models"]
         assert model["alpha_bar"] == [round(value, 6) for value in schedule.alpha_bar.tolist()]
-        assert (len(model["alpha_bar"]), model["alpha_bar"][0], model["max_steps"]) == (401, 1.0, 100)
+        assert (len(model["alpha_bar"]), model["alpha_bar"][0], model["max_steps"]) == (1501, 1.0, 1000)
 
     run(check, FakeRunner(models={"default": replace(INFO, schedule=schedule)}))
 
