@@ -6,6 +6,7 @@ open          open loop: requests at random times, at fractions of the measured 
               latency counts from the planned time of a request
 models        latency of one image on an idle service, with each setting in docs/results/final
 alternatives  the same loads on this service and on other servers with the same weights
+pipeline      a pipeline of diffusers on this service, on the server example of diffusers and on LitServe
 training      images per second of scripts.train and of a plain training loop, and the limit set by the matrix rate
 endurance     an hour of mixed load; fails if memory grows or if an image changes
 memory        highest memory of the service under load, without and with CLIP
@@ -36,6 +37,7 @@ from scripts.benchmark.modes import (
     measure_closed,
     measure_models,
     measure_open,
+    measure_pipeline,
     measure_quick,
 )
 from scripts.benchmark.page import write_page
@@ -54,6 +56,7 @@ MODES = (
     "open",
     "models",
     "alternatives",
+    "pipeline",
     "training",
     "endurance",
     "memory",
@@ -111,6 +114,8 @@ def _measure_loads(args: argparse.Namespace, reporter: Reporter) -> None:
             measure_models(_options(args), reporter)
         case "alternatives":
             measure_alternatives(_options(args), args.requests, reporter)
+        case "pipeline":
+            measure_pipeline(_options(args), args.folder, reporter)
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -127,6 +132,8 @@ def _packages_of(args: argparse.Namespace) -> tuple[str, ...]:
             return ("psutil", "scipy")
         case "alternatives":
             return ("psutil", "litserve", *(["diffusers"] if args.requests == "large" else []))
+        case "pipeline":
+            return ("psutil", "litserve", "diffusers")
     return ("psutil",)
 
 
@@ -142,10 +149,11 @@ def build_parser() -> Parser:
     )
     commands = parser.add_subparsers(metavar="|".join(MODES), dest="mode")
     added = {mode: commands.add_parser(mode) for mode in MODES}
-    closed, open_, models, alternatives, training, endurance, *others = added.values()
+    closed, open_, models, alternatives, pipeline, training, endurance, *others = added.values()
     memory, versions, streams, host, profile, page = others
-    for command in (closed, open_, models, alternatives):
+    for command in (closed, open_, models, alternatives, pipeline):
         _add_options(command)
+    pipeline.add_argument("folder", type=Path, help="folder with a pipeline of diffusers without classes")
     closed.add_argument(
         "--clients",
         type=integer(1, 1024),
@@ -206,7 +214,8 @@ def build_parser() -> Parser:
     host.add_argument("--seconds", type=positive, default=6.0, help="seconds per load over HTTP; default: 6")
     profile.add_argument("--rows", type=integer(1, 4096), default=64, help="rows per step; default: 64")
     profile.add_argument("--num-threads", type=integer(1, 1024), help="compute threads; default: PyTorch's choice")
-    for command in (closed, open_, models, alternatives, training, endurance, memory, versions, streams, host, profile):
+    measured = closed, open_, models, alternatives, pipeline, training, endurance, memory, versions, streams, host
+    for command in (*measured, profile):
         command.add_argument("--out", type=Path, required=command is not profile, help=".json file for the raw results")
     page.add_argument("folder", type=Path, help="folder with JSON files of the other modes, all from one machine")
     page.add_argument("--out", type=file_to_write(".md"), required=True, help="page to write, a .md file")

@@ -23,6 +23,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # evaluated settings: folder in docs/r
 NUM_STEPS = 100  # default number of steps of the service
 ROWS_OF_ALL, ANSWERS_TO_ONE = "rows/s", "answers/s to the client of one image"  # units of the measured rates
 UNGUIDED: dict[str, Any] = {"digit": 7, "guidance_scale": 1}
+# The noise of diffusers, so that all servers must generate the same images.
+PIPELINE_PROBE: dict[str, Any] = {"seed": 5, "num_steps": 2, "noise": "torch"}
 FEW, FEW_STEPS = "10 steps", {"num_steps": 10, "sampler": "ddim"}
 FLOOD_CONNECTIONS = 8
 SPIN = "print(flush=True)\nwhile True: pass"
@@ -86,6 +88,18 @@ def guided(make_request: RequestMaker) -> RequestMaker:
 def mixed(k: int) -> RequestSpec:
     """Returns the k-th request of a mix: every second request uses 10 steps instead of 100."""
     return RequestSpec(FEW, {**one(k).body, **FEW_STEPS}) if k % 2 else RequestSpec("100 steps", one(k).body)
+
+
+def of_pipeline(k: int) -> RequestSpec:
+    """Returns the k-th request for one image of a pipeline: every second request uses 1 step instead of 50."""
+    num_steps = 1 if k % 2 else 50
+    kind = f"{num_steps} step{'s' if num_steps > 1 else ''}"
+    return RequestSpec(kind, {**PIPELINE_PROBE, "seed": k, "num_steps": num_steps})
+
+
+def of_pipeline_in_50_steps(k: int) -> RequestSpec:
+    """Returns the k-th request for one image of a pipeline in 50 steps."""
+    return RequestSpec("50 steps", {**PIPELINE_PROBE, "seed": k, "num_steps": 50})
 
 
 def clients_of_one(count: int) -> Load:

@@ -15,11 +15,14 @@ from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.http_client import fetch
 from scripts.benchmark.loads import (
     NUM_STEPS,
+    PIPELINE_PROBE,
     Load,
     clients_of_one,
     closed_loads,
     large,
     mixed,
+    of_pipeline,
+    of_pipeline_in_50_steps,
     one,
     one_large,
     open_loads,
@@ -99,6 +102,24 @@ def measure_alternatives(options: Options, requests: str, reporter: Reporter) ->
             Load("70% of the slower service's capacity, half with 10 steps", make_request=mixed, rate=rate),
         ]
         run.repeat([*own, *others], poisson)
+    run.finish()
+
+
+def measure_pipeline(options: Options, folder: Path, reporter: Reporter) -> None:
+    """Measures this service and other servers with the same pipeline of diffusers.
+
+    The first load has 8 clients of 50 steps, which use the full capacity. The second one has random arrivals, half of
+    them with 1 step, at 70% of the capacity of the slowest service.
+    """
+    run, probe = _Run(options, reporter), PIPELINE_PROBE
+    own = this_service(probe=probe, models=f"own={folder.resolve()}")
+    names = (("pipeline-example",), ("pipeline-litserve", "--max-images", "8"))
+    contestants = [own, *(alternative(*name, "--folder", str(folder), probe=probe) for name in names)]
+    saturated = run.repeat(contestants, [Load("8 x 1 image, 50 steps", (of_pipeline_in_50_steps,) * 8)])
+    # An arrival has 25.5 steps on average.
+    rate = 0.7 * 50 / 25.5 * min(_rate_of(saturated, each.name) for each in contestants)
+    arriving = Load("arrivals, half with 1 step and half with 50", make_request=of_pipeline, rate=rate)
+    run.repeat(contestants, [arriving])
     run.finish()
 
 

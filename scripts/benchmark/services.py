@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.error
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,7 @@ class Contestant:
     variables: dict[str, str] = field(default_factory=dict)  # environment variables; {port} is also replaced
     is_of_our_network: bool = True  # True if it uses the shipped weights
     folder: Path | None = None  # the working folder of the service; None: that of this process
+    probe: Mapping[str, Any] = field(default_factory=lambda: UNGUIDED | PROBE)  # must give the same images everywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +118,12 @@ class Running:
         return metrics
 
 
-def this_service(name: str = "unfog", folder: Path | None = None, **variables: str) -> Contestant:
+def this_service(
+    name: str = "unfog", folder: Path | None = None, *, probe: Mapping[str, Any] | None = None, **variables: str
+) -> Contestant:
     """Returns this project's service, or the version of it in `folder`.
 
-    `variables` are settings without the prefix UNFOG_, for example `max_batch="8"`.
+    `variables` are settings without the prefix UNFOG_, for example `max_batch="8"`. `probe` is that of Contestant.
     """
     own = {
         "UNFOG_REQUEST_TIMEOUT": "600",
@@ -129,14 +132,15 @@ def this_service(name: str = "unfog", folder: Path | None = None, **variables: s
         "UNFOG_LOG_LEVEL": "warning",
     }
     own |= {f"UNFOG_{key.upper()}": value for key, value in variables.items()}
-    return Contestant(name, ("-m", "app"), own, folder=folder)
+    return Contestant(name, ("-m", "app"), own, folder=folder, probe=probe or UNGUIDED | PROBE)
 
 
-def alternative(name: str, *options: str) -> Contestant:
+def alternative(name: str, *options: str, probe: Mapping[str, Any] | None = None) -> Contestant:
     """Returns a service of scripts.benchmark.alternatives with these command-line options."""
     label = " ".join([name, *options])
     arguments = ("-m", "scripts.benchmark.alternatives", name, "{port}", *options)
-    return Contestant(label, arguments, is_of_our_network=not name.startswith("diffusers"))
+    is_of_our_network = not name.startswith("diffusers")
+    return Contestant(label, arguments, is_of_our_network=is_of_our_network, probe=probe or UNGUIDED | PROBE)
 
 
 @contextmanager
@@ -154,7 +158,7 @@ def started(contestant: Contestant) -> Iterator[Running]:
         process_group=0,
     ) as process:
         try:
-            _wait_until_ready(process, port, contestant.name)
+            _wait_until_ready(process, port, contestant)
             yield Running(f"http://127.0.0.1:{port}", process.pid, time.perf_counter() - start)
         finally:
             _stop(process)
@@ -171,7 +175,7 @@ def all_started(contestants: Sequence[Contestant]) -> Iterator[dict[str, Running
     with ExitStack() as stack:
         for contestant in contestants:
             one = running[contestant.name] = stack.enter_context(started(contestant))
-            images = _probe_sheet(one)
+            images = _probe_sheet(one, contestant.probe)
             expected = images if expected is None else expected
             if images.shape != expected.shape or (contestant.is_of_our_network and _differ(images, expected)):
                 names = f"{contestant.name} and {contestants[0].name}"
@@ -184,22 +188,22 @@ def _differ(images: Pixels, expected: Pixels) -> bool:
     return bool(np.abs(images.astype(int) - expected).max() > ONE_LEVEL)
 
 
-def _probe_sheet(running: Running) -> Pixels:
-    """Sends the request PROBE and returns its contact sheet, (H, W)."""
-    sheet = fetch(f"{running.url}/generate", UNGUIDED | PROBE, "image/png", timeout=600)
+def _probe_sheet(running: Running, probe: Mapping[str, Any]) -> Pixels:
+    """Sends the request `probe` and returns its contact sheet, (H, W)."""
+    sheet = fetch(f"{running.url}/generate", dict(probe), "image/png", timeout=600)
     return np.asarray(Image.open(io.BytesIO(sheet)).convert("L"))
 
 
-def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int, name: str) -> None:
+def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int, contestant: Contestant) -> None:
     deadline = time.monotonic() + START_SECONDS
-    body = {"digit": 1, "num_steps": 1, "guidance_scale": 1}
+    body = {**contestant.probe, "num_steps": 1, "count": 1}
     while time.monotonic() < deadline and process.poll() is None:
         try:
             fetch(f"http://127.0.0.1:{port}/generate", body, timeout=START_SECONDS)
             return
         except OSError:  # the service does not listen yet, or it is not ready
             time.sleep(0.05)
-    raise ScriptError(f"{name} did not become ready: it exited, or did not answer within {START_SECONDS} s")
+    raise ScriptError(f"{contestant.name} did not become ready: it exited, or did not answer within {START_SECONDS} s")
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

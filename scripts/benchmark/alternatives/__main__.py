@@ -1,10 +1,13 @@
 """Runs an alternative server on loopback: `python -m scripts.benchmark.alternatives NAME PORT`."""
 
+from pathlib import Path
+
 from model.compiled.memory import keep_freed_memory
 from scripts.common.arguments import Parser, integer
 from scripts.common.progress import require
 
-NAMES = ("locked", "batched", "litserve", "diffusers", "diffusers-tuned", "diffusers-compiled")
+PIPELINES = ("pipeline-example", "pipeline-litserve")
+NAMES = ("locked", "batched", "litserve", "diffusers", "diffusers-tuned", "diffusers-compiled", *PIPELINES)
 
 
 def main() -> None:
@@ -16,9 +19,15 @@ def main() -> None:
     parser.add_argument(
         "--batch-timeout", type=float, default=0.01, help="batch_timeout of LitServe in seconds; default: 0.01"
     )
+    parser.add_argument("--folder", type=Path, help="the pipeline of diffusers that the names pipeline-* serve")
     args = parser.parse_args()
+    if (args.name in PIPELINES) != bool(args.folder):
+        parser.error(f"--folder belongs to the names {' and '.join(PIPELINES)}")
     keep_freed_memory()  # the service also does this
-    _serve(args.name, args.port, args.max_images, args.batch_timeout)
+    if args.folder:
+        _serve_pipeline(args.name, args.port, args.folder, args.max_images, args.batch_timeout)
+    else:
+        _serve(args.name, args.port, args.max_images, args.batch_timeout)
 
 
 def _serve(name: str, port: int, max_images: int, batch_timeout: float) -> None:
@@ -45,6 +54,18 @@ def _serve(name: str, port: int, max_images: int, batch_timeout: float) -> None:
             tuned=name != "diffusers",
             compiled_for=max_images if name == "diffusers-compiled" else 0,
         )
+
+
+def _serve_pipeline(name: str, port: int, folder: Path, max_images: int, batch_timeout: float) -> None:
+    """Runs the server until the process is stopped. `batch_timeout` is in seconds."""
+    require("diffusers", "bench")
+    from scripts.benchmark.alternatives import pipelines
+
+    if name == "pipeline-example":
+        pipelines.serve_example(port, folder)
+    else:
+        require("litserve", "bench")
+        pipelines.serve_litserve(port, folder, max_images, batch_timeout)
 
 
 if __name__ == "__main__":
