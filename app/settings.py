@@ -197,9 +197,9 @@ class Settings(BaseSettings):
 
     models: Models = Field(default_factory=dict)
     """models to serve, separated by commas. Each is NAME=PATH of a .safetensors file or of a folder with a pipeline of
-    diffusers, or the name of a shipped model: default, fast, letters or cifar10. The first one is the default. They can
-    have different classes, sizes and colours. The flag --model adds one model and can be repeated (default: the models
-    of UNFOG_CHECKPOINT and UNFOG_FAST_CHECKPOINT)"""
+    diffusers, NAME=hf:OWNER/NAME@COMMIT for a pipeline of the Hugging Face Hub, or a shipped model: default,
+    fast, letters or cifar10. The first one is the default. They can have different classes, sizes and colours. The flag
+    --model adds one model and can be repeated (default: the models of UNFOG_CHECKPOINT and UNFOG_FAST_CHECKPOINT)"""
     null_labels: NullLabels = Field(default_factory=dict)
     """labels that mean "no class" in pipelines of diffusers that were trained with one, as NAME=LABEL, separated by
     commas. They permit guidance (default: none)"""

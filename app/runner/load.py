@@ -17,6 +17,7 @@ from app.settings import Settings
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
 from model.pipelines.folder import load_pipeline
+from model.pipelines.hub import hub_folder, is_hub_name
 from model.pipelines.model import PipelineModel
 from model.pipelines.step import cpu_threads
 
@@ -73,10 +74,11 @@ def _check_null_labels(settings: Settings) -> None:
 def _load(path: Path, variable: str, null_label: int | None) -> LoadedFile:
     """Loads a checkpoint, or a folder with a pipeline of diffusers."""
     try:
-        if not path.is_dir():
+        if not (path.is_dir() or is_hub_name(path)):
             return checkpoint.load(path)
         if not find_spec("diffusers"):
-            raise CheckpointError(f"{path} is a folder. {NEEDS_DIFFUSERS}")
-        return PipelineModel(load_pipeline(path), null_label)
+            raise CheckpointError(f"{path} cannot be loaded. {NEEDS_DIFFUSERS}")
+        folder = hub_folder(path) if is_hub_name(path) else path
+        return PipelineModel(load_pipeline(folder), null_label)
     except CheckpointError as error:
         raise RunnerError(f"{variable}: {error}") from error

@@ -1,6 +1,8 @@
 """Tests of load_runner(), which loads the models of the settings or raises an error of one line."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from model.checkpoint import Checkpoint, CheckpointConfig, Probe
 from model.compiled.compiler import CompilerError
 from model.precision import fast_dtype
 from model.schedule import ScheduleConfig
-from model.spec import SAMPLERS, Guidance
+from model.spec import SAMPLERS, SHIPPED, Guidance
 from tests.app.runner.rows import CPU, GREY_AND_COLOUR, GUIDANCE, new_runner
 from tests.tiny import tiny_unet
 
@@ -175,3 +177,34 @@ def test_reproducible_gpu_without_graphs_is_refused(path: Path, monkeypatch: pyt
     on_a_gpu(monkeypatch)
     with pytest.raises(RunnerError, match=r"^UNFOG_REPRODUCIBLE=on needs CUDA graphs\. "):
         load_runner(Settings(checkpoint=path, reproducible="on", compile="off"))
+
+
+def test_folder_without_the_extra_is_refused_with_the_line_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.runner.load.find_spec", lambda name: None)
+    with pytest.raises(RunnerError) as raised:
+        load_runner(Settings(models=f"own={tmp_path}"))
+    assert str(raised.value) == (
+        f"UNFOG_MODELS: {tmp_path} cannot be loaded. Pipelines of diffusers need the extra `diffusers`: "
+        "pip install -c constraints.txt -e '.[diffusers]'"
+    )
+
+
+def test_service_imports_diffusers_only_for_a_pipeline() -> None:
+    code = (
+        "import sys, app.runner.load; print(sorted({'diffusers', 'huggingface_hub', 'transformers'} & {*sys.modules}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("models", "null_labels", "message"),
+    [
+        (f"own={SHIPPED}", "other=3", "UNFOG_NULL_LABELS names 'other', which is not a served pipeline of diffusers"),
+        (f"own={SHIPPED}", "own=3", "UNFOG_NULL_LABELS names 'own', which is not a served pipeline of diffusers"),
+    ],
+)
+def test_null_label_of_another_model_is_refused(models: str, null_labels: str, message: str) -> None:
+    with pytest.raises(RunnerError, match=message):
+        load_runner(Settings(models=models, null_labels=null_labels))
