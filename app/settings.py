@@ -217,8 +217,8 @@ class Settings(BaseSettings):
     compile: Literal["auto", "on", "off"] = "auto"
     """compilation of the denoising step: auto, on or off. auto: on a CPU, compile if a C++ compiler or a compiled step
     in the cache is found; on a GPU, run CUDA graphs of the step without compilation. on: compile, on a GPU inside CUDA
-    graphs; exit if this is not possible. off: no compilation and no CUDA graphs. Pipelines of diffusers are not
-    compiled, and with one of them no CUDA graphs are used (default: auto)"""
+    graphs; exit if this is not possible. off: no compilation and no CUDA graphs. On a GPU, a service with a pipeline of
+    diffusers uses no CUDA graphs (default: auto)"""
     reproducible: Literal["on", "off"] = "off"
     """on or off: give the same bytes for the same seed under any load, also on a GPU. There, on pads every step to the
     size of UNFOG_MAX_BATCH (auto: 64 images), so that steps with few images take longer. On a CPU the bytes are always

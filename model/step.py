@@ -137,14 +137,33 @@ class ReverseStep(nn.Module):
             target = of_known * known + of_x_t * every_x_t  # (N, C, H, W)
             error = unclipped_x_0(every_x_t, output, self.mix[t]) - target  # (N, C, H, W)
             error = error.square().where(is_known, 0.0).sum(dim=(1, 2, 3))  # (N,)
-        z = state.noise_of(slots, step, self.checkpoint.image_shape, self.noise_block)  # (B, C, H, W)
+        z = state.noise_of(slots, step, self.image_shape, self.noise_block)  # (B, C, H, W)
         x_prev = reverse_step(x_t, x_0, x_0_prev, z, plan[:, 1:5])  # (B, C, H, W)
         return Stepped(x_prev, x_0, error, guided.isfinite().flatten(1).all(dim=1))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return self.checkpoint.image_shape
+
+    @property
+    def architecture(self) -> object:
+        """What the code of a compiled step depends on, besides the shapes and types of the weights."""
+        return self.checkpoint.architecture
+
+    def example_plan(self) -> Tensor:
+        """Returns a plan of one step, (1, 7). At its low noise, predicting x_0 does not amplify rounding errors."""
+        return torch.tensor([[self.checkpoint.schedule.num_steps // 4, 0.9, 0.1, 0.0, 0.1, 0.8, 0.3]])
+
+    def example_call(self, count: int) -> tuple[Tensor, Tensor]:
+        """Returns inputs of `denoise` with `count` rows."""
+        x_t = torch.zeros(count, *self.image_shape, dtype=self.dtype, device=self.device)
+        return x_t, torch.zeros(count, self.condition.shape[-1], dtype=self.dtype, device=self.device)
 
     @torch.inference_mode()
     def run_network_once(self) -> None:
         """Calls the network on one row of zeros, so that forward hooks can record the shapes of its layers."""
-        x_t = torch.zeros(1, *self.checkpoint.image_shape, dtype=self.dtype, device=self.device)
+        x_t, _ = self.example_call(1)
         self._denoise(x_t, self.condition[:1, 0])
 
     def _denoise(self, x_t: Tensor, c: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from model.pipelines.schedulers import COLUMNS
 from model.pipelines.step import PipelineState
 from model.pixels import to_pixels
 from model.sampler import COLUMN_OF_B
-from model.step import ReverseStep, Rows, Stepped
+from model.step import Rows, Stepped
 
 log = logging.getLogger(__name__)
 
@@ -115,19 +115,19 @@ class Runner:
         return Slots(FIRST_SLOTS, info.image_shape, self.device, self._transfers, num_labels=1 + info.num_classes)
 
     def compile(self, cache: Path, *, must: bool) -> bool:
-        """Compiles the step of each checkpoint. Returns True if this succeeds for all of them.
+        """Compiles the step of each model, but not of pipelines on a GPU. Returns True if all of this succeeds.
 
         If a step cannot be compiled and `must` is True, raises RunnerError. If `must` is False, the model then runs
         without compilation.
         """
-        if self.device.type == "cuda":
+        if on_gpu := self.device.type == "cuda":
             with compiler_errors():
                 prepare_kernel_cache(cache)
-        programs = [(model, model.program) for model in self._models.values()]
-        checkpoints = [(model, program) for model, program in programs if isinstance(program, ReverseStep)]
-        for model, program in checkpoints:
+        models = [model for model in self._models.values() if not (on_gpu and model.info.is_pipeline)]
+        for model in models:
             try:
-                model.use(compiled_step(program, cache))
+                with self.threads.exactly(self._threads_of_pipelines if model.info.is_pipeline else None):
+                    model.use(compiled_step(model.program, cache))
             except CompilerError as error:
                 if must:
                     raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
@@ -135,7 +135,7 @@ class Runner:
                 log.warning(
                     "Model not compiled, steps take longer", extra={"checkpoint": model.info.name, "reason": str(error)}
                 )
-        return all(model.info.compiled for model, _ in checkpoints)
+        return all(model.info.compiled for model in models)
 
     @property
     def max_rows(self) -> int | None:

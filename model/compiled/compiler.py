@@ -4,8 +4,9 @@ torch.compile compiles in the running process, so a start would need a C++ compi
 work is done ahead of time, once per machine: torch.export traces the step into a graph, AOTInductor (torch's
 ahead-of-time compiler) generates C++ code from the graph, and the C++ compiler builds a shared library from the code.
 
-- Program: in bfloat16 the library computes the whole step for any number of rows. In float32 it computes only the
-  network, because there each network call has the same number of rows (model/precision.py).
+- Program: in bfloat16 the library computes the whole step for any number of rows. In float32, and for pipelines of
+  diffusers, it computes only the network, because there each network call has the same number of rows
+  (model/precision.py).
 - Cache: the library is stored without weights, so checkpoints of the same architecture share it. Its file name is a
   hash of everything that affects its code: architecture, dtypes, torch, processor, options and the sources of this
   package. The C++ compiler is not part of it, because a start with a cached library must not need one.
@@ -44,6 +45,7 @@ from model.compiled.native import NativeProgram
 from model.compiled.packing import Packer, can_pack, take_packed_weights
 from model.compiled.private_cache import compile_variables, open_private, private_folder, use_private_compile_cache
 from model.files import write_atomically
+from model.pipelines.step import PipelineStep
 from model.precision import can_compile, no_compiler
 from model.sampler import PLAN_COLUMNS
 from model.step import ReverseStep, Rows, State, Step, Stepped
@@ -70,6 +72,7 @@ FIRST_CALL_SECONDS = 60  # timeout; the call takes milliseconds on an idle machi
 START_SECONDS = 240  # timeout for a child process to import torch, which takes 3 s on an idle machine
 TOLERANCE = 0.1  # maximum mean absolute difference from the step without compilation, for pixels in [-1, 1]
 
+Program = ReverseStep | PipelineStep
 _checked: set[str] = set()  # keys of libraries that this process has checked in a child process
 
 
@@ -81,7 +84,7 @@ class LibraryError(Exception):
     """A compiled library cannot be used. The message is the reason, in one line."""
 
 
-def compiled_step(program: ReverseStep, cache: Path) -> Step:
+def compiled_step(program: Program, cache: Path) -> Step:
     """Returns the compiled step: loads it from the cache, or compiles it if it is missing or unusable.
 
     On a GPU the returned step compiles during its first calls, and these calls can raise CompilerError too. Raises
@@ -108,7 +111,7 @@ def compiled_step(program: ReverseStep, cache: Path) -> Step:
         raise CompilerError(f"compiling failed: {error}".splitlines()[0]) from error
 
 
-def _cached_library(program: ReverseStep, cache: Path) -> Path | None:
+def _cached_library(program: Program, cache: Path) -> Path | None:
     """Returns the path of the library in the cache. If the cache cannot be used, logs a warning and returns None."""
     try:
         return library_of(program, private_folder(cache))
@@ -124,7 +127,7 @@ def _cached_library(program: ReverseStep, cache: Path) -> Path | None:
         return None
 
 
-def _compiled_for_gpu(program: ReverseStep, cache: Path) -> Step:
+def _compiled_for_gpu(program: Program, cache: Path) -> Step:
     """Returns the step for a GPU, compiled by torch.compile.
 
     torch compiles one program for all batch sizes except 1. Kernels are cached in `cache`/gpu.
@@ -153,10 +156,10 @@ def _compiled_for_gpu(program: ReverseStep, cache: Path) -> Step:
     return step
 
 
-def library_of(program: ReverseStep, folder: Path) -> Path:
+def library_of(program: Program, folder: Path) -> Path:
     """Returns the path of the compiled step in a folder. The file does not need to exist."""
     facts = (
-        program.checkpoint.config.unet,
+        program.architecture,
         {name: (tensor.shape, tensor.dtype, tensor.device) for name, tensor in program.state_dict().items()},
         torch.__version__,
         platform.machine(),
@@ -167,7 +170,7 @@ def library_of(program: ReverseStep, folder: Path) -> Path:
     return folder.resolve() / f"step-{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.so"
 
 
-def build(program: ReverseStep) -> bytes:
+def build(program: Program) -> bytes:
     """Compiles the step in a child process. Returns the content of the library followed by its digest.
 
     Inductor loads and runs files from its cache, its precompiled headers and its processor tests, by default in a
@@ -186,7 +189,7 @@ def build(program: ReverseStep) -> bytes:
     return code + hashlib.sha256(code).digest()  # one file can be written atomically
 
 
-def compile_to_file(program: ReverseStep, threads: int, options: dict[str, bool | int], library: Path) -> None:
+def compile_to_file(program: Program, threads: int, options: dict[str, bool | int], library: Path) -> None:
     """Compiles the step in this process and writes the library. The environment determines Inductor's folders."""
     torch.set_num_threads(threads)  # Inductor splits loops for this number of threads
     with _quiet(), torch.no_grad():
@@ -202,7 +205,7 @@ def compile_to_file(program: ReverseStep, threads: int, options: dict[str, bool 
             library.write_bytes(content.read(name))
 
 
-def _store_and_load(program: ReverseStep, content: bytes, library: Path | None) -> Step:
+def _store_and_load(program: Program, content: bytes, library: Path | None) -> Step:
     """Writes the library to the cache and loads it. Uses a temporary folder if the cache is read-only or noexec."""
     if library:
         try:
@@ -222,7 +225,7 @@ def _store_and_load(program: ReverseStep, content: bytes, library: Path | None) 
         return load(program, library)
 
 
-def load(program: ReverseStep, library: Path) -> Step:
+def load(program: Program, library: Path) -> Step:
     """Checks a library, loads it into this process and returns its step.
 
     The file is opened once. The digest, the first call in a child process and the loader all use the same descriptor,
@@ -245,7 +248,7 @@ def load(program: ReverseStep, library: Path) -> Step:
     return _open_library(program, _path_of(descriptor, library))
 
 
-def _check_first_call(program: ReverseStep, library: Path, descriptor: int, digest: bytes) -> None:
+def _check_first_call(program: Program, library: Path, descriptor: int, digest: bytes) -> None:
     """Calls the library in a child process. Skips this if an earlier success is recorded in the `.checked` file.
 
     Raises LibraryError if the call fails.
@@ -265,7 +268,7 @@ def _check_first_call(program: ReverseStep, library: Path, descriptor: int, dige
         write_atomically(checked, key.encode())
 
 
-def first_call(program: ReverseStep, threads: int, descriptor: int, library: Path, seconds: int) -> None:
+def first_call(program: Program, threads: int, descriptor: int, library: Path, seconds: int) -> None:
     """Compares one step of the library with the step without compilation. Runs in the child process.
 
     Raises LibraryError if the results differ. SIGALRM ends the process after `seconds`.
@@ -282,17 +285,17 @@ def first_call(program: ReverseStep, threads: int, descriptor: int, library: Pat
             raise LibraryError("its results differ from those of the step without compilation")
 
 
-def _small_step(program: ReverseStep) -> tuple[State, Tensor, Rows]:
+def _small_step(program: Program) -> tuple[State, Tensor, Rows]:
     """Returns inputs for a step of three rows, two of which are guided. The third has known pixels."""
-    state, rows = State.zeros(3, program.checkpoint.image_shape, program.device), torch.arange(3)
+    state, rows = State.zeros(3, program.image_shape, program.device), torch.arange(3)
     state.x_t = torch.randn(state.x_t.shape, generator=torch.Generator().manual_seed(0))
     state.known = torch.rand(state.x_t.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
     state.is_known = torch.zeros_like(state.x_t, dtype=torch.bool)
     state.is_known[2, :, ::2] = True  # every second line
-    t = program.checkpoint.schedule.num_steps // 4  # At low noise, predicting x_0 does not amplify rounding errors.
-    plans = torch.tensor([[t, 0.9, 0.1, 0.0, 0.1, 0.8, 0.3]])
-    slot, label = torch.cat([rows, rows[:2]]), torch.tensor([0, 1, 2, program.null_label, program.null_label])
-    return state, plans, Rows(slot, torch.zeros_like(slot), label, torch.zeros_like(rows), torch.tensor([3, 4, 2]))
+    slot, null = torch.cat([rows, rows[:2]]), program.null_label
+    label = torch.tensor([0, 1, 2, null, null]).clamp(max=null)
+    taken = Rows(slot, torch.zeros_like(slot), label, torch.zeros_like(rows), torch.tensor([3, 4, 2]))
+    return state, program.example_plan(), taken
 
 
 def _key_of(digest: bytes) -> str:
@@ -319,7 +322,7 @@ def _path_of(descriptor: int, library: Path) -> str:
     return path if Path(path).exists() else str(library)
 
 
-def _open_library(program: ReverseStep, path: str) -> Step:
+def _open_library(program: Program, path: str) -> Step:
     """Loads a library into this process and connects it to the weights of `program`. Returns its step.
 
     With a fixed number of rows per call (float32) the library contains only the network, otherwise the whole step.
@@ -330,8 +333,8 @@ def _open_library(program: ReverseStep, path: str) -> Step:
         compiled = NativeProgram(native, constants, num_outputs=1)
         program.denoise = lambda x_t, c: compiled(x_t, c)[0]
         return program
-    if can_pack(program.device, program.dtype):
-        return _PackedStep(flat, native)
+    if isinstance(program, ReverseStep) and can_pack(program.device, program.dtype):
+        return _PackedStep(flat, program, native)
     whole = NativeProgram(native, constants, num_outputs=len(Stepped._fields))
     return lambda state, plans, rows: Stepped(*whole(*state, plans, *rows))
 
@@ -339,7 +342,7 @@ def _open_library(program: ReverseStep, path: str) -> Step:
 class FlatStep(nn.Module):
     """The step with all tensors as positional arguments, which compiled programs need."""
 
-    def __init__(self, program: ReverseStep) -> None:
+    def __init__(self, program: Program) -> None:
         super().__init__()
         self.program = program
 
@@ -360,9 +363,9 @@ class _PackedStep:
     program for each combination. All of them share the library.
     """
 
-    def __init__(self, flat: FlatStep, library: ctypes.CDLL) -> None:
+    def __init__(self, flat: FlatStep, program: ReverseStep, library: ctypes.CDLL) -> None:
         self._library, self._constants = library, flat.state_dict()
-        self._packer = Packer(flat, flat.program.run_network_once)
+        self._packer = Packer(flat, program.run_network_once)
         self._programs: dict[tuple[int, int], NativeProgram] = {}
         self._program_for(torch.get_num_threads())  # An unusable library raises here and not at the first step.
 
@@ -383,10 +386,10 @@ class _PackedStep:
         return self._programs[threads, rows]
 
 
-def _export_step(program: ReverseStep) -> torch.export.ExportedProgram:
+def _export_step(program: Program) -> torch.export.ExportedProgram:
     """Exports the whole step for any number of rows."""
     B, N = 8, 11  # torch.export specializes on sizes 0 and 1, and treats equal sizes as one dimension
-    state = State.zeros(2 * B, program.checkpoint.image_shape, program.device)
+    state = State.zeros(2 * B, program.image_shape, program.device)
     plans = torch.zeros(4, PLAN_COLUMNS, device=program.device)
     indices = [torch.arange(n, device=program.device) % B for n in (N, N, N, B, B)]  # the fields of Rows
     rows, evaluations = Dim("B", min=1), Dim("N", min=1)
@@ -400,7 +403,7 @@ def _export_step(program: ReverseStep) -> torch.export.ExportedProgram:
 class _Denoise(nn.Module):
     """The network only, for devices where every call has the same number of rows."""
 
-    def __init__(self, program: ReverseStep) -> None:
+    def __init__(self, program: Program) -> None:
         super().__init__()
         self.program = program
 
@@ -408,12 +411,10 @@ class _Denoise(nn.Module):
         return self.program.denoise(x_t, c)
 
 
-def _export_denoise(program: ReverseStep) -> torch.export.ExportedProgram:
+def _export_denoise(program: Program) -> torch.export.ExportedProgram:
     rows = program.call_rows.most
     assert rows, "the number of rows must be fixed"
-    x_t = torch.zeros(rows, *program.checkpoint.image_shape, dtype=program.dtype, device=program.device)
-    c = torch.zeros(rows, program.condition.shape[-1], dtype=program.dtype, device=program.device)
-    return torch.export.export(_Denoise(program), (x_t, c))
+    return torch.export.export(_Denoise(program), program.example_call(rows))
 
 
 def _processor_features() -> str:

@@ -41,6 +41,7 @@ class Pipeline:
     image_shape: tuple[int, int, int]  # (C, H, W)
     class_names: tuple[str, ...]  # of the labels of the network; empty for a network without classes
     sha256: str  # digest of the weights and of both configurations
+    architecture: tuple[object, ...]  # configuration of the network, and the release of diffusers
 
     @property
     def num_classes(self) -> int:
@@ -83,7 +84,9 @@ def load_pipeline(folder: Path, *, eta: float = 0.0, use_clipped_model_output: b
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     network = PipelineNetwork(unet, num_classes).eval().requires_grad_(False)
-    return Pipeline(network, scheduler, image_shape, class_names, digest.hexdigest())
+    release = importlib.import_module("diffusers").__version__
+    architecture = (release, *sorted((key, str(value)) for key, value in config.items() if key[0] != "_"))
+    return Pipeline(network, scheduler, image_shape, class_names, digest.hexdigest(), architecture)
 
 
 @dataclass(frozen=True, slots=True)

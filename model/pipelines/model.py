@@ -43,7 +43,7 @@ class PipelineModel:
         """
         self.network, self.image_shape, self.sha256 = pipeline.network, pipeline.image_shape, pipeline.sha256
         self.weights_sha256 = self.sha256
-        self.architecture = (pipeline.image_shape, tuple(pipeline.network.unet.config.items()))  # type: ignore[union-attr,operator]
+        self.architecture = pipeline.architecture
         num_labels = max(pipeline.num_classes, 1)
         if null_label is not None and (null_label >= num_labels or num_labels < 2):
             raise CheckpointError(f"the label {null_label} cannot mean 'no class': the network has {num_labels} labels")
@@ -82,7 +82,7 @@ class PipelineModel:
     def step(self, device: torch.device, dtype: torch.dtype) -> PipelineStep:
         """Returns the step program. It moves the network to the device."""
         null = self.labels[0] if self.null_label is None else self.null_label
-        return PipelineStep(self.network, self.image_shape, [*self.labels, null], device, dtype)
+        return PipelineStep(self.network, self.image_shape, [*self.labels, null], self.architecture, device, dtype)
 
     def guidance_of(self, sampler: Sampler) -> Guidance:
         """Returns the recommended guidance of a sampler: none. Requests can set a scale for the whole schedule."""

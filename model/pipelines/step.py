@@ -1,5 +1,6 @@
 """One reverse step of a pipeline for a batch of rows, with the arguments and the result of `ReverseStep`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from model.noise import block_counter
 from model.pipelines.folder import PipelineNetwork
-from model.pipelines.schedulers import COLUMNS, MIX, clipped_x_0, pipeline_step
+from model.pipelines.schedulers import COLUMNS, MIX, PipelinePlan, StepOfPlan, clipped_x_0, pipeline_step
 from model.precision import CallRows
 from model.prediction import unclipped_x_0
 from model.sampler import guide
@@ -62,18 +63,23 @@ class PipelineStep(nn.Module):
         network: PipelineNetwork,
         image_shape: tuple[int, int, int],
         labels: list[int],
+        architecture: object,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """`labels` are the labels of the network for the classes, and last that for "no class"."""
+        """`labels` are the labels of the network for the classes, and last that for "no class".
+
+        `architecture` is what the code of a compiled network depends on, besides the shapes and types of its weights.
+        """
         super().__init__()
-        self.device, self.dtype, self.image_shape = device, dtype, image_shape
+        self.device, self.dtype, self.image_shape, self.architecture = device, dtype, image_shape, architecture
         self.null_label = len(labels) - 1
         self.labels = nn.Buffer(torch.tensor(labels, device=device))  # (num_classes + 1,)
         self.noise_block = nn.Buffer(block_counter(image_shape, device))  # (1, num_blocks)
         network = network.to(device, dtype)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
         self.call_rows = CallRows(CPU_ROWS, CPU_ROWS) if device.type == "cpu" else CallRows()
+        self.denoise: Callable[[Tensor, Tensor], Tensor] = self._denoise
 
     def forward(self, state: State, plans: Tensor, rows: Rows) -> Stepped:
         """Computes one step of `rows`. `plans` (P, 13) has the rows of the plans, with the columns COLUMNS.
@@ -84,7 +90,7 @@ class PipelineStep(nn.Module):
         slots, B = rows.slots, len(second)
         every_x_t, every_plan = state.x_t[slot], plans[plan_row]  # (N, C, H, W), (N, 13)
         c = torch.stack([every_plan[:, 0], self.labels[label]], dim=1)  # (N, 2): t and y
-        output = self.call_rows.call(self._denoise, every_x_t.to(self.dtype), c).float()  # (N, C, H, W)
+        output = self.call_rows.call(self.denoise, every_x_t.to(self.dtype), c).float()  # (N, C, H, W)
         x_t, x_0_prev, plan = every_x_t[:B], state.x_0[slots], every_plan[:B]  # (B, C, H, W) twice, (B, 13)
         guided = guide(output[:B], output[second], state.guidance_scale[slots][:, None, None, None])  # (B, C, H, W)
         u, x_0 = clipped_x_0(x_t, guided, plan)  # (B, C, H, W) each
@@ -99,6 +105,16 @@ class PipelineStep(nn.Module):
         z = state.noise_of(slots, step, self.image_shape, self.noise_block)  # (B, C, H, W)
         x_prev, image = pipeline_step(x_t, x_0_prev, u, x_0, z, plan)  # (B, C, H, W) each
         return Stepped(x_prev, image, error, guided.isfinite().flatten(1).all(dim=1))
+
+    def example_plan(self) -> Tensor:
+        """Returns a plan of one step, (1, 13)."""
+        step = StepOfPlan(100, 0.9, 0.1, 1.0, 0.5, 0.8, s=0.1, of_known=0.8, of_x_t=0.3, clip=1.0)
+        return PipelinePlan.of([step]).rows
+
+    def example_call(self, count: int) -> tuple[Tensor, Tensor]:
+        """Returns inputs of `denoise` with `count` rows."""
+        x_t = torch.zeros(count, *self.image_shape, dtype=self.dtype, device=self.device)
+        return x_t, torch.zeros(count, 2, device=self.device)
 
     def _denoise(self, x_t: Tensor, c: Tensor) -> Tensor:
         return self.network(x_t.contiguous(memory_format=torch.channels_last), c[:, 0], c[:, 1].long())

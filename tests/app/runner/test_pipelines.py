@@ -30,6 +30,8 @@ with warnings.catch_warnings():  # the dependencies of diffusers raise warnings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of diffusers
 SEED, COUNT = 20, 3
+# A network that is compiled quickly.
+ONE_LEVEL = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
 OFFSET = {"set_alpha_to_one": False, "steps_offset": 1}  # the last step does not end at x_0
 
 
@@ -188,3 +190,17 @@ def test_measured_times_are_those_of_whole_calls(tmp_path: Path) -> None:
     times = new_runner(tmp_path / "own").warm_up(lambda: False).of("own")
     assert times.seconds(1) == times.seconds(4)
     assert times.seconds(64) == pytest.approx(16 * times.seconds(4))
+
+
+def test_compiled_network_gives_the_images_of_diffusers_in_any_batch(tmp_path: Path) -> None:
+    scheduler = DDPMScheduler(clip_sample=False, prediction_type="v_prediction")
+    theirs = write_pipeline(tmp_path / "own", scheduler, **ONE_LEVEL)
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    (expected,) = theirs(generator=generator, num_inference_steps=6, output_type="np").images
+    runner = new_runner(tmp_path / "own")
+    assert runner.compile(tmp_path / "cache", must=True)
+    assert runner.models["own"].compiled
+    options = [Options(0, SEED, 6, "ddpm", 1.0, "own", noise="torch"), Options(0, 1, 4, "euler", 1.0, "own")]
+    together = finish(runner, [row for each in options for row in rows_of(each, 3)])
+    assert (together[0] == (255 * expected).round()).mean() >= 0.999
+    assert np.array_equal(together[0], finish(runner, rows_of(options[0]))[0])
