@@ -3,7 +3,7 @@
 This module does not import torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -117,16 +117,16 @@ class ModelSpec:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]  # (C, H, W)
     schedule: Schedule
-    steps: tuple[int, ...]  # the permitted values of num_steps; an empty tuple permits 1 to `max_steps_of(sampler)`
+    steps: tuple[int, ...]  # the permitted values of num_steps; an empty tuple permits 1 to T
     samplers: tuple[Sampler, ...]  # the permitted samplers; the first one is recommended
     guidance: Mapping[Sampler, Guidance]  # the recommended guidance of each permitted sampler
     guidable: bool  # True if guidance is possible: the network was trained with dropped labels
     training: TrainingFacts
     # True if drawings are normalised as in MNIST: light strokes on black, centred by mass (see digit_image.py)
     normalises_drawings: bool
-    # The largest num_steps of samplers for which it is not T.
-    fewer_steps: Mapping[Sampler, int] = field(default_factory=dict)
     is_pipeline: bool = False  # True for a pipeline of diffusers
+    # False if a sampler has no plan for a num_steps from 1 to T, which is possible for pipelines of diffusers
+    has_plan: Callable[[Sampler, int], bool] = field(default=lambda sampler, num_steps: True, compare=False)
 
     @property
     def num_classes(self) -> int:
@@ -156,14 +156,14 @@ class ModelSpec:
         """T, the largest possible num_steps."""
         return self.schedule.num_steps
 
-    def max_steps_of(self, sampler: Sampler) -> int:
-        """Returns the largest possible num_steps of a sampler."""
-        return self.fewer_steps.get(sampler, self.max_steps)
+    def nearest_steps(self, sampler: Sampler, num_steps: int) -> int:
+        """Returns the largest possible num_steps of a sampler that is not above this number."""
+        return next(count for count in range(min(num_steps, self.max_steps), 0, -1) if self.has_plan(sampler, count))
 
     @property
     def default_steps(self) -> int:
         """The recommended num_steps."""
-        return self.steps[0] if self.steps else min(self.max_steps_of(self.samplers[0]), MOST_DEFAULT_STEPS)
+        return self.steps[0] if self.steps else self.nearest_steps(self.samplers[0], MOST_DEFAULT_STEPS)
 
     def setting_of(self, quality: Quality) -> Setting:
         """Returns the sampler and the number of steps of a quality.
@@ -177,7 +177,7 @@ class ModelSpec:
             numbers = sorted(number for number in self.steps if number <= self.default_steps)
             return Setting(self.samplers[0], numbers[len(numbers) // 2 if quality == "balanced" else 0])
         sampler = FEW_STEPS_SAMPLER if FEW_STEPS_SAMPLER in self.samplers else self.samplers[0]
-        return Setting(sampler, min(FEW_STEPS[quality], self.default_steps))
+        return Setting(sampler, self.nearest_steps(sampler, min(FEW_STEPS[quality], self.default_steps)))
 
     @property
     def guidance_scale(self) -> dict[Sampler, float]:

@@ -78,7 +78,10 @@ def _load(path: Path, variable: str, null_label: int | None) -> LoadedFile:
             return checkpoint.load(path)
         if not find_spec("diffusers"):
             raise CheckpointError(f"{path} cannot be loaded. {NEEDS_DIFFUSERS}")
-        folder = hub_folder(path) if is_hub_name(path) else path
-        return PipelineModel(load_pipeline(folder), null_label)
+        pipeline = load_pipeline(hub_folder(path) if is_hub_name(path) else path)
+        try:
+            return PipelineModel(pipeline, null_label)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     except CheckpointError as error:
         raise RunnerError(f"{variable}: {error}") from error

@@ -33,9 +33,9 @@ class LoadedModel:
             self.program = ReverseStep(loaded, device, dtype)
         self.step: Step = self.program
 
-    def use(self, compiled: Step) -> None:
-        """Uses the compiled program for all further steps."""
-        self.step, self.info = compiled, replace(self.info, compiled=True)
+    def use(self, step: Step, *, compiled: bool = True) -> None:
+        """Uses this program for all further steps."""
+        self.step, self.info = step, replace(self.info, compiled=compiled)
 
 
 def _describe(name: str, loaded: LoadedFile, device: torch.device, dtype: torch.dtype) -> ModelInfo:
@@ -63,7 +63,7 @@ def _steps_of(
     The interval of the guidance is compared with the timesteps multiplied by `factor`.
     """
 
-    @lru_cache(maxsize=4096)
+    @lru_cache(maxsize=512)  # a set of 1,000 steps has 60 kB
     def steps(process: Process, num_steps: int, path: tuple[int, ...]) -> StepSet:
         if process not in PIPELINE_SAMPLERS:
             return range(0)

@@ -35,7 +35,7 @@ from model.compiled.memory import return_freed_memory
 from model.noise import normal
 from model.pipelines.sampling import TorchNoise
 from model.pipelines.schedulers import COLUMNS
-from model.pipelines.step import PipelineState
+from model.pipelines.step import PipelineState, PipelineStep
 from model.pixels import to_pixels
 from model.sampler import COLUMN_OF_B
 from model.step import Rows, Stepped
@@ -318,6 +318,7 @@ class Runner:
         process uses a core during warm-up, all threads wait for each other, and their times do not show which batch
         size is best. Raises RunnerError if a probe image differs.
         """
+        self._make_rows_independent()
         # With the smallest number of threads, a step is fast even if one core is busy.
         with self.threads.fixed(self.threads.counts[-1]):
             self.check()
@@ -326,6 +327,16 @@ class Runner:
             with self.threads.fixed(count):
                 measured.append(self._measure(should_stop))
         return min(measured, key=lambda times: times.step_seconds(self.batches[-1]))
+
+    def _make_rows_independent(self) -> None:
+        """Gives the rows of a pipeline their own calls on a CPU if their bits would depend on their place in a call."""
+        for model in self._models.values():
+            if self._threads_of_pipelines and isinstance(model.program, PipelineStep):
+                with self.threads.exactly(self._threads_of_pipelines):
+                    if not model.program.has_independent_rows():
+                        log.info("Each image has its own network calls", extra={"checkpoint": model.info.name})
+                        model.program.use_single_rows()
+                        model.use(model.program, compiled=False)
 
     def _measure(self, should_stop: Callable[[], bool]) -> StepTimes:
         """Measures the step times. Models with the same network as the default model have the same times."""

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from app.engine.interface import ModelInfo
-from app.tasks.fields import Number
+from app.tasks.fields import Number, NumStepsOfPath
 from app.tasks.from_image import PictureFields, job_of, kept, starting_at, task_of, unchanged, with_noise
 from app.tasks.labels import Label, LabelFields, label_field, label_of
 from app.tasks.recognize import search_by_recognition
-from app.tasks.sampling import SamplingFields, options_of
+from app.tasks.sampling import SamplingFields, num_steps_field, options_of
 from app.tasks.task import Task
 from model.editing import start_timestep
 
@@ -25,6 +25,7 @@ class EditFields(SamplingFields, LabelFields, PictureFields):
     label: Label = label_field(
         "The class to generate: its name, or its number from 0. If absent, the class that is recognised in the sketch."
     )
+    num_steps: NumStepsOfPath = num_steps_field()
     strength: Annotated[
         Number,
         Field(

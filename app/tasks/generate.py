@@ -10,9 +10,9 @@ from pydantic import Field
 from app.engine.interface import ClipInfo, Embeddings, ModelInfo
 from app.engine.job import ClipTarget, ImageKey, JobRequest, Options
 from app.errors import FieldError
-from app.tasks.fields import NOT_NULL, Number, NumSteps, Prompt, may_be_absent
+from app.tasks.fields import NOT_NULL, Number, Prompt, may_be_absent
 from app.tasks.labels import Label, LabelFields, number_of, required_label_of
-from app.tasks.sampling import SamplingFields, num_steps_field, options_of
+from app.tasks.sampling import SamplingFields, check_plan, options_of
 from app.tasks.task import Task
 from model.spec import MAX_CLIP_GUIDANCE_SCALE, Noise, Quality
 
@@ -38,7 +38,6 @@ class GenerateFields(SamplingFields, LabelFields):
         "with `sampler` or `num_steps`.",
         json_schema_extra=may_be_absent,
     )
-    num_steps: NumSteps = num_steps_field()  # more than the other tasks permit
     noise: Noise = Field(
         default="unfog",
         description="How noise is drawn. unfog: from the seed and the index of the image. torch: as diffusers draws it "
@@ -113,6 +112,7 @@ def _options_of(info: ModelInfo, fields: GenerateFields, label: int) -> Options:
 
 
 def _task_of(info: ModelInfo, fields: SamplingFields, options: Options, images: Sequence[ImageKey]) -> Task:
+    check_plan(info, options)
     job = JobRequest(
         options,
         len(images) or fields.count,

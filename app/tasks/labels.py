@@ -121,4 +121,6 @@ def _shown(label: str) -> str:
 
 
 def _listed(info: ModelInfo) -> str:
+    if info.num_classes == 1:
+        return f"The only class of model '{info.name}' is '{info.class_names[0]}'"
     return f"GET /models lists all {info.num_classes} names of model '{info.name}'"

@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from app.engine.interface import ModelInfo
 from app.engine.job import FAST_MODEL, Options
 from app.errors import FieldError
-from app.tasks.fields import NOT_NULL, WHOLE, GuidanceScale, NumStepsOfPath, SamplerName, Seconds, may_be_absent
+from app.tasks.fields import NOT_NULL, WHOLE, GuidanceScale, NumSteps, SamplerName, Seconds, may_be_absent
 from app.tasks.names import either
 from model.png import MAX_SCALE, MAX_SEED
+from model.spec import Sampler
 
 LARGEST_SIDE = 512  # pixels of a side of an enlarged image; a contact sheet of 64 images has 8 times as many
 
@@ -63,7 +64,7 @@ class SamplingFields(ModelFields):
     seed: Annotated[
         int, Field(ge=0, le=MAX_SEED, description="Random seed. If absent, the server chooses and returns one."), WHOLE
     ] = Field(default_factory=new_seed)
-    num_steps: NumStepsOfPath = num_steps_field()
+    num_steps: NumSteps = num_steps_field()
     sampler: SamplerName = Field(
         default=None,
         description="ddpm: ancestral sampling with the posterior variance. ddim: deterministic. dpmpp: "
@@ -107,13 +108,22 @@ def options_of(fields: SamplingFields, label: int | None, info: ModelInfo) -> Op
         guidance_scale=fields.guidance_scale or info.guidance_scale[sampler],
         model=info.name,
     )
-    if options.num_steps > (most_steps := info.max_steps_of(sampler)):
-        raise _unsupported("num_steps", f"less than or equal to {most_steps}", info)
+    if options.num_steps > info.max_steps:
+        raise _unsupported("num_steps", f"less than or equal to {info.max_steps}", info)
     if info.steps and options.num_steps not in info.steps:
         raise _unsupported("num_steps", " or ".join(map(str, info.steps)), info)
     if options.guidance_scale != 1 and not info.guidable:
         raise _unsupported("guidance_scale", "1 (no guidance)", info)
     return options
+
+
+def check_plan(info: ModelInfo, options: Options) -> None:
+    """Raises FieldError if the sampler of a pipeline has no plan for the number of steps."""
+    sampler: Sampler = options.sampler  # type: ignore[assignment] # the options of a request have a sampler
+    if not info.has_plan(sampler, options.num_steps):
+        fewer = info.nearest_steps(sampler, options.num_steps)
+        message = f"The sampler {sampler} of model '{info.name}' has no plan for {options.num_steps} steps"
+        raise FieldError("num_steps", f"{message}. Use {fewer}, for example")
 
 
 def _unsupported(field: str, supported: str, info: ModelInfo) -> FieldError:

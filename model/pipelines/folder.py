@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from model.checkpoint import CheckpointError, check_names
@@ -108,6 +109,8 @@ def _files_of(folder: Path) -> _Files:
     for path in (files.config, files.scheduler):
         if not path.exists():
             raise CheckpointError(f"{folder} is not a pipeline of diffusers: it has no {path.name}")
+    if (parts := of_network / f"{WEIGHTS}.index.json").exists():  # diffusers would load other files than WEIGHTS
+        raise CheckpointError(f"{parts} lists parts of the weights. Save the network again, in one file")
     if not files.weights.exists():
         raise CheckpointError(_without_weights(folder, of_network))
     index = [folder / INDEX] if (folder / INDEX).exists() else []
@@ -144,8 +147,10 @@ def _class_names(index: Path, num_classes: int) -> tuple[str, ...]:
         return tuple(f"class {label}" for label in range(num_classes))
     if not isinstance(given, dict) or set(given) != set(map(str, range(num_classes))):
         raise CheckpointError(f"{index}: {NAMES} must have a name for each label from 0 to {num_classes - 1}")
-    names = tuple(str(given[str(label)]) for label in range(num_classes))
+    names = tuple(given[str(label)] for label in range(num_classes))
     try:
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("class names must be texts")
         check_names(names, num_classes)
     except ValueError as error:
         raise CheckpointError(f"{index}: {NAMES} is not valid: {error}") from error
@@ -215,6 +220,7 @@ def _check_network(path: Path, config: Mapping[str, Any]) -> tuple[tuple[int, in
             f"a list of 1 to {MAX_LEVELS} numbers from 1 to {MAX_WIDTH}",
         ),
         "layers_per_block": (_is_integer(config.get("layers_per_block", 2), 1, MAX_LAYERS), f"1 to {MAX_LAYERS}"),
+        "time_embedding_type": (config.get("time_embedding_type", "positional") == "positional", "'positional'"),
         "class_embed_type": (kind in (None, "timestep"), "null or 'timestep'"),
         "num_class_embeds": (
             not has_classes or _is_integer(num_classes, 1, MAX_CLASSES),
@@ -252,16 +258,28 @@ def _available_memory() -> float:
     return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
 
 
+def _check_size(files: _Files, network: type[nn.Module], options: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if the network has more values than the file, before memory is allocated for it."""
+    with torch.device("meta"):
+        needed = sum(tensor.numel() for tensor in network(**options).state_dict().values())
+    with safe_open(files.weights, "pt") as file:
+        given = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 # not a dict
+    if needed > COPIES * given:
+        raise CheckpointError(f"{files.weights} has {given:,} values, but the network of {CONFIG} has {needed:,}")
+
+
 def _load_network(files: _Files) -> nn.Module:
     """Returns the UNet2DModel with its weights. Raises CheckpointError if weights are missing or do not fit."""
     network = getattr(importlib.import_module("diffusers"), NETWORK)
     known = inspect.signature(network.__init__).parameters
-    unknown = sorted(key for key in _read_json(files.config) if not key.startswith("_") and key not in known)
+    options = {key: value for key, value in _read_json(files.config).items() if not key.startswith("_")}
+    unknown = sorted(key for key in options if key not in known)
     if unknown:
         raise CheckpointError(
             f"{files.config}: {unknown[0]!a} is unknown to the installed diffusers. Install a newer release of it"
         )
     try:
+        _check_size(files, network, options)
         unet, info = network.from_pretrained(
             files.config.parent,
             use_safetensors=True,
@@ -270,6 +288,8 @@ def _load_network(files: _Files) -> nn.Module:
             output_loading_info=True,
             torch_dtype=torch.float32,
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # diffusers raises errors of many types for an invalid configuration
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{files.config.parent} cannot be loaded: {reason}") from error

@@ -18,7 +18,7 @@ from model.pipelines.step import PipelineStep
 from model.pixels import from_pixels, to_pixels
 from model.sampler import plan_through
 from model.schedule import MIN_ALPHA_BAR, Schedule
-from model.spec import MOST_STEPS, PIPELINE_SAMPLERS, Guidance, ModelSpec, Process, Sampler, TrainingFacts
+from model.spec import MOST_DEFAULT_STEPS, PIPELINE_SAMPLERS, Guidance, ModelSpec, Process, Sampler, TrainingFacts
 
 SCHEDULERS: dict[Sampler, str] = {
     "ddpm": "DDPMScheduler",
@@ -45,7 +45,7 @@ class PipelineModel:
         self.weights_sha256 = self.sha256
         self.architecture = pipeline.architecture
         num_labels = max(pipeline.num_classes, 1)
-        if null_label is not None and (null_label >= num_labels or num_labels < 2):
+        if null_label is not None and (not 0 <= null_label < num_labels or num_labels < 2):
             raise CheckpointError(f"the label {null_label} cannot mean 'no class': the network has {num_labels} labels")
         self.labels = [label for label in range(num_labels) if label != null_label]
         self.null_label = null_label
@@ -54,35 +54,37 @@ class PipelineModel:
         except ValueError as error:
             raise CheckpointError(str(error)) from error
         self._schedulers = _schedulers_of(pipeline.scheduler)
+        self._has_plan: dict[tuple[Sampler, int], bool] = {}
         self.spec = self._spec(pipeline.class_names)
         self.probe = Probe(digit=0, num_steps=1, sampler=self.spec.samplers[0])
         self.probe_path = (max(self.schedule.num_steps // 2, 1), 0)
         self.probe_image = self._draw_probe()
 
     def _spec(self, class_names: Sequence[str]) -> ModelSpec:
-        T = self.schedule.num_steps
-        most = {sampler: _most_steps(scheduler) for sampler, scheduler in self._schedulers.items()}
-        samplers = tuple(sampler for sampler in self._schedulers if most[sampler])
-        if not samplers:
-            raise CheckpointError("no scheduler has a plan for the configuration of the scheduler")
         return ModelSpec(
             class_names=tuple(class_names[label] for label in self.labels) if class_names else (ONLY_CLASS,),
             image_shape=self.image_shape,
             schedule=self.schedule,
             steps=(),
-            samplers=samplers,
-            guidance={sampler: self.guidance_of(sampler) for sampler in samplers},
+            samplers=tuple(self._schedulers),
+            guidance={sampler: self.guidance_of(sampler) for sampler in self._schedulers},
             guidable=self.null_label is not None,
             training=TrainingFacts(),
             normalises_drawings=False,
-            fewer_steps={sampler: most[sampler] for sampler in samplers if most[sampler] < min(T, MOST_STEPS)},
             is_pipeline=True,
+            has_plan=self.has_plan,
         )
 
     def step(self, device: torch.device, dtype: torch.dtype) -> PipelineStep:
         """Returns the step program. It moves the network to the device."""
         null = self.labels[0] if self.null_label is None else self.null_label
         return PipelineStep(self.network, self.image_shape, [*self.labels, null], self.architecture, device, dtype)
+
+    def has_plan(self, sampler: Sampler, num_steps: int) -> bool:
+        """Returns True if the scheduler of this sampler has a plan for this number of steps."""
+        if (sampler, num_steps) not in self._has_plan:
+            self._has_plan[sampler, num_steps] = self._schedulers[sampler].has_plan(num_steps)
+        return self._has_plan[sampler, num_steps]
 
     def guidance_of(self, sampler: Sampler) -> Guidance:
         """Returns the recommended guidance of a sampler: none. Requests can set a scale for the whole schedule."""
@@ -104,14 +106,20 @@ class PipelineModel:
 
     def timesteps(self, sampler: Sampler, num_steps: int, path: Sequence[int] = ()) -> list[int]:
         """Returns the timestep of each step of a sampler, with the arguments of `plan`."""
-        return [round(t) + 1 for t in self.plan(sampler, num_steps, path).rows[:, 0].tolist()]
+        t = self.plan(sampler, num_steps, path).rows[:, 0].round() + 1
+        return [int(each) for each in t.clamp(1, self.schedule.num_steps).tolist()]
 
     def _draw_probe(self) -> Tensor:
         """Returns x_0 (C, H, W) in [-1, 1], as 8-bit values."""
         seed, index = torch.tensor([self.probe.seed]), torch.tensor([0])
         noise = torch.stack([normal(seed, index, torch.tensor([step]), self.image_shape) for step in range(2)])
         plan = self.plan(self.probe.sampler, 1, self.probe_path)
-        *_, (_, x_0) = run_plan(self.network, plan, noise, torch.tensor(self.labels[:1]))
+        try:
+            *_, (_, x_0) = run_plan(self.network, plan, noise, torch.tensor(self.labels[:1]))
+        except Exception as error:  # a configuration can be valid for each layer, but not for all of them
+            raise CheckpointError(f"the network cannot run: {error}".splitlines()[0]) from error
+        if not x_0.isfinite().all():
+            raise CheckpointError("the network returns values that are not finite")
         return from_pixels(to_pixels(x_0[0]))
 
 
@@ -122,28 +130,19 @@ def _alpha_bar(betas: Tensor) -> Tensor:
 
 
 def _schedulers_of(own: Scheduler) -> dict[Sampler, Scheduler]:
-    """Returns the scheduler of each sampler. The first one is the pipeline's own."""
-    schedulers = {sampler: own for sampler, name in SCHEDULERS.items() if name == own.name}
-    for sampler in PIPELINE_SAMPLERS:
-        try:
-            schedulers.setdefault(sampler, own.replaced_by(SCHEDULERS[sampler]))
-        except ValueError:
-            continue  # The configuration is not one for this scheduler.
-    return schedulers
+    """Returns the schedulers that have a plan, by sampler. The first one is the pipeline's own.
 
-
-def _most_steps(scheduler: Scheduler) -> int:
-    """Returns the largest number of steps for which the scheduler has a plan, or 0.
-
-    Timesteps that are rounded become equal above some number of steps. The search assumes that there is one such limit.
+    Raises CheckpointError if the pipeline's own has none.
     """
-    fitting, beyond = 0, min(scheduler.num_timesteps, MOST_STEPS) + 1
-    count = beyond - 1
-    while beyond - fitting > 1:
+    first = next(sampler for sampler, name in SCHEDULERS.items() if name == own.name)
+    schedulers = dict[Sampler, Scheduler]()
+    for sampler in (first, *(other for other in PIPELINE_SAMPLERS if other != first)):
         try:
-            scheduler.plan(count)
-            fitting = count
-        except ValueError:
-            beyond = count
-        count = (fitting + beyond) // 2
-    return fitting
+            scheduler = own if sampler == first else own.replaced_by(SCHEDULERS[sampler])
+            most = min(own.num_timesteps, MOST_DEFAULT_STEPS)
+            scheduler.plan(next((count for count in range(most, 0, -1) if scheduler.has_plan(count)), 1))
+            schedulers[sampler] = scheduler
+        except ValueError as error:
+            if sampler == first:
+                raise CheckpointError(str(error)) from error
+    return schedulers

@@ -36,6 +36,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "solver_order": (1, 2),
     "thresholding": (False,),
+    "timestep_type": ("discrete",),
     "use_flow_sigmas": (False,),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large"),
 }
@@ -116,8 +117,10 @@ class Scheduler:
         self._own, unknown = _from_config(name, options)
         if unknown:
             raise ValueError(f"{min(unknown)} is unknown to the installed diffusers. Install a newer release of it")
-        if len(self.betas) != num_timesteps:
-            raise ValueError(f"trained_betas has {len(self.betas)} values, but num_train_timesteps is {num_timesteps}")
+        if self.betas.shape != (num_timesteps,):
+            raise ValueError(
+                f"trained_betas has the shape {tuple(self.betas.shape)}, but num_train_timesteps is {num_timesteps}"
+            )
         if not ((self.betas > 0) & (self.betas <= 1)).all():
             raise ValueError("the betas must be above 0 and at most 1, so that the image loses signal in each timestep")
 
@@ -149,20 +152,37 @@ class Scheduler:
         """
         if not 1 <= num_steps <= self.num_timesteps:
             raise ValueError(f"num_steps must be 1 to {self.num_timesteps}, got {num_steps}")
-        making = copy.copy(self)  # a scheduler of diffusers has a state, and several threads make plans
-        making._own = copy.deepcopy(self._own)
+        making = self._prepared(num_steps)
         try:
-            making._own.set_timesteps(num_steps)
             steps = _PLANS[self.name](making)
         except Exception as error:  # such as a TypeError for a value of a wrong type
             raise ValueError(f"{self.name} has no plan for its configuration: {error}".splitlines()[0]) from error
-        if making.timesteps.count(making.timesteps[0]) > 1:  # diffusers itself would begin with the second of them
-            raise ValueError(
-                f"num_steps is {num_steps}, but the first two steps would have the same timestep. Use fewer"
-            )
         if steps[0].signal == 0:
-            raise ValueError("rescale_betas_zero_snr needs prediction_type 'v_prediction' or 'sample'")
+            raise ValueError("the first timestep has no signal, so prediction_type must be 'v_prediction' or 'sample'")
         return PipelinePlan.of([*steps[:-1], replace(steps[-1], end=1.0)], making._start())
+
+    def has_plan(self, num_steps: int) -> bool:
+        """Returns True if diffusers has a step for each of `num_steps` steps. It takes less than a millisecond."""
+        try:
+            return 1 <= num_steps <= self.num_timesteps and bool(self._prepared(num_steps))
+        except ValueError:
+            return False
+
+    def _prepared(self, num_steps: int) -> "Scheduler":
+        """Returns a copy that has the timesteps, because a scheduler of diffusers has a state. Raises ValueError."""
+        making = copy.copy(self)
+        making._own = copy.deepcopy(self._own)
+        try:
+            making._own.set_timesteps(num_steps)
+        except Exception as error:
+            raise ValueError(f"{self.name} has no timesteps for {num_steps} steps: {error}".splitlines()[0]) from error
+        timesteps, sigmas = making.timesteps, getattr(making._own, "sigmas", None)
+        # diffusers itself fails in these cases: it has another number of steps, reads values after the end of its
+        # tables, begins with the second of two equal timesteps, or divides by zero.
+        is_wrong = len(timesteps) != num_steps or min(timesteps) < 0 or max(timesteps) > self.num_timesteps - 1
+        if is_wrong or timesteps.count(timesteps[0]) > 1 or (sigmas is not None and not (sigmas[:-1].diff() < 0).all()):
+            raise ValueError(f"{self.name} has no plan for num_steps {num_steps}. Use another number")
+        return making
 
     @property
     def timesteps(self) -> list[float]:
@@ -191,8 +211,12 @@ class Scheduler:
 
     @property
     def clip(self) -> float:
-        """The largest magnitude of x_0. It is infinite if the scheduler does not clip."""
-        return float(self.config.clip_sample_range) if self.config.clip_sample else math.inf
+        """The largest magnitude of x_0. It is infinite if the scheduler does not clip. Raises ValueError."""
+        if not self.config.clip_sample:
+            return math.inf
+        if not self.config.clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range must be above 0, got {self.config.clip_sample_range}")
+        return float(self.config.clip_sample_range)
 
     def _start(self) -> float:
         """Returns the scale of the first x_t. The Euler scheduler keeps x_t / alpha, whose scale can differ from 1."""

@@ -19,14 +19,15 @@ from model.step import Rows, State, Stepped
 # two threads), but an image alone takes the time of a whole call.
 CPU_ROWS = 4
 MOST_CPU_THREADS = 8
+NUM_CHECKS = 3  # of `has_independent_rows`
 OF_KNOWN, OF_X_T = COLUMNS.index("of_known"), COLUMNS.index("of_x_t")
 
 
 def cpu_threads(available: int) -> int:
-    """Returns the number of compute threads with which a row has the same bits at every place of a call.
+    """Returns the number of compute threads: a power of two, so that most networks have independent rows.
 
     torch divides the values of an operation among the threads and computes the end of each part with other code. With a
-    power of two, the parts of CPU_ROWS rows end at the same places of a row.
+    power of two, the parts of CPU_ROWS rows end at the same places of a row, for most sizes of images.
     """
     return 1 << (min(available, MOST_CPU_THREADS).bit_length() - 1)
 
@@ -35,7 +36,8 @@ def cpu_threads(available: int) -> int:
 class PipelineState(State):
     """The state of S rows. A row with `has_z` takes the noise of its next step from `z` instead of drawing it."""
 
-    z: Tensor = None  # type: ignore[assignment] # (S, C, H, W) float32. `zeros` sets it: a field after an optional one
+    # `zeros` sets both fields. They need a default, because the field before them has one.
+    z: Tensor = None  # type: ignore[assignment] # (S, C, H, W) float32
     has_z: Tensor = None  # type: ignore[assignment] # (S,) bool
 
     @classmethod
@@ -105,6 +107,28 @@ class PipelineStep(nn.Module):
         z = state.noise_of(slots, step, self.image_shape, self.noise_block)  # (B, C, H, W)
         x_prev, image = pipeline_step(x_t, x_0_prev, u, x_0, z, plan)  # (B, C, H, W) each
         return Stepped(x_prev, image, error, guided.isfinite().flatten(1).all(dim=1))
+
+    @torch.inference_mode()
+    def has_independent_rows(self) -> bool:
+        """Returns True if a row has the same bits at every place of a call, with the present number of threads.
+
+        It rotates the rows of calls with random images. In a network whose sizes fit badly to vectors and threads, the
+        bits of a row depend on its place, and almost every value of its output then differs.
+        """
+        generator, (x_t, c) = torch.Generator().manual_seed(0), self.example_call(CPU_ROWS)
+        for number in range(NUM_CHECKS):
+            x_t = torch.randn(x_t.shape, generator=generator).to(self.device, self.dtype)
+            c[:, 0] = torch.arange(CPU_ROWS) * 10**number
+            output = self.denoise(x_t, c)
+            for places in range(1, CPU_ROWS):
+                rotated = self.denoise(x_t.roll(places, dims=0), c.roll(places, dims=0))
+                if not torch.equal(rotated, output.roll(places, dims=0)):
+                    return False
+        return True
+
+    def use_single_rows(self) -> None:
+        """Gives each row a call of its own, without the compiled network. Rows are independent then."""
+        self.call_rows, self.denoise = CallRows(1, 1), self._denoise
 
     def example_plan(self) -> Tensor:
         """Returns a plan of one step, (1, 13)."""

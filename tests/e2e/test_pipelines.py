@@ -103,9 +103,11 @@ def test_classes_have_the_names_of_the_folder_and_the_null_label_permits_guidanc
     assert_invalid(service.post({"model": "classes", "label": "none", "num_steps": 3}), "body", "label")
 
 
-def test_limits_of_the_samplers_are_those_of_their_timesteps(service: Service) -> None:
+def test_number_of_steps_without_a_plan_is_refused_with_another_one(service: Service) -> None:
     assert service.post({"num_steps": 1, "sampler": "dpmpp"}).status_code == 200
-    assert_invalid(service.post({"num_steps": 1000, "sampler": "dpmpp"}), "body", "num_steps")
+    refused = service.post({"num_steps": 1000, "sampler": "dpmpp"})
+    assert_invalid(refused, "body", "num_steps")
+    assert refused.json()["detail"].endswith("has no plan for 1000 steps. Use 999, for example")
     assert_invalid(service.post({"num_steps": 1001}), "body", "num_steps")
 
 
@@ -144,6 +146,8 @@ def test_other_protocols_serve_pipelines(service: Service) -> None:
     }
     outputs = service.client.post("/v2/models/classes/infer", json=request).json()["outputs"]
     assert outputs[0]["shape"] == [2, 16, 16, 3]
+    request["parameters"] = {"num_steps": 101}
+    assert service.client.post("/v2/models/classes/infer", json=request).status_code == 200
 
 
 def test_long_request_can_be_cancelled_and_reaches_its_deadline(service: Service) -> None:

@@ -16,6 +16,7 @@ from model.checkpoint import Checkpoint
 from model.pipelines.folder import load_pipeline
 from model.pipelines.model import PipelineModel
 from tests.app.runner.rows import CPU
+from tests.model.pipelines.test_step import BAD_SIZES
 from tests.pipelines import write_pipeline
 
 with warnings.catch_warnings():  # the dependencies of diffusers raise warnings
@@ -105,10 +106,12 @@ def mixed_rows(model: str) -> list[Trajectory]:
     ]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 4])
-def test_rows_have_the_same_bytes_in_mixed_batches_as_alone(tmp_path: Path, threads: int) -> None:
-    write_pipeline(tmp_path / "own", DDPMScheduler(), num_classes=5)
+@pytest.mark.parametrize(("threads", "sizes"), [(1, {}), (2, {}), (3, {}), (4, {}), (2, BAD_SIZES)])
+def test_rows_have_the_same_bytes_in_mixed_batches_as_alone(tmp_path: Path, threads: int, sizes: Any) -> None:
+    write_pipeline(tmp_path / "own", DDPMScheduler(), num_classes=5, **sizes)
     runner = new_runner(tmp_path / "own", threads=threads, null_label=4)
+    runner.warm_up(lambda: True)
+    assert (runner._models["own"].program.call_rows.most == 1) == bool(sizes)
     together = finish(runner, mixed_rows("own"))
     alone = [finish(runner, [row])[0] for row in mixed_rows("own")]
     assert len(together) == len(alone) == 9

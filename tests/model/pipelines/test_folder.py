@@ -146,7 +146,9 @@ def test_link_of_the_cache_of_the_hub_is_followed_and_others_are_not(saved: Path
         (CONFIG, {"num_class_embeds": 5}, "cannot be loaded: "),
         (CONFIG, {"num_class_embeds": None}, "does not fit config.json: unexpected keys, such as class_embedding"),
         (CONFIG, {"down_block_types": ["DownBlock2D", "Magic"]}, "cannot be loaded: "),
-        (CONFIG, {"block_out_channels": [8, 32]}, "cannot be loaded: "),
+        (CONFIG, {"block_out_channels": [8, 32]}, "values, but the network of config.json has"),
+        (CONFIG, {"block_out_channels": [4096, 4096]}, "values, but the network of config.json has"),
+        (CONFIG, {"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier'. Supported is 'positional'"),
         (SCHEDULER, {"thresholding": True}, "thresholding is True. Supported is False"),
         (SCHEDULER, {"_class_name": "PNDMScheduler"}, "_class_name is 'PNDMScheduler'. Supported schedulers are"),
     ],
@@ -169,6 +171,12 @@ def pickle_weights(folder: Path) -> None:
 
 def save_variant(folder: Path) -> None:
     (folder / "unet" / WEIGHTS).rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+
+
+def list_parts(folder: Path) -> None:
+    """Lists a file outside of the folder as a part of the weights, which diffusers would load instead."""
+    parts = {"metadata": {}, "weight_map": {"conv_in.weight": "../../other.safetensors"}}
+    (folder / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps(parts))
 
 
 def make_a_pipe_of_the_index(folder: Path) -> None:
@@ -211,6 +219,7 @@ def spoil_a_tensor(folder: Path) -> None:
             pickle_weights,
             "has diffusion_pytorch_model.bin instead of diffusion_pytorch_model.safetensors. If you trust",
         ),
+        (list_parts, "lists parts of the weights. Save the network again, in one file"),
         (save_variant, "has diffusion_pytorch_model.fp16.safetensors instead of"),
         (cut_weights, "cannot be loaded: "),
         (drop_a_tensor, "does not fit config.json: missing keys, such as conv_in.weight"),

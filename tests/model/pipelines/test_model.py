@@ -16,7 +16,7 @@ from model.pipelines.model import PipelineModel
 from model.pipelines.step import PipelineState
 from model.sampler import sample
 from model.schedule import Schedule
-from model.spec import Sampler
+from model.spec import QUALITIES, Sampler
 from model.step import Rows
 from tests.pipelines import write_pipeline
 
@@ -34,23 +34,30 @@ def loaded(folder: Path, scheduler: Any = None, null_label: int | None = None, *
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "samplers", "fewer"),
+    ("scheduler", "samplers", "default"),
     [
-        (DDPMScheduler(), ("ddpm", "ddim", "dpmpp", "euler"), {"dpmpp": 999}),
-        (DPMSolverMultistepScheduler(), ("dpmpp", "ddpm", "ddim", "euler"), {"dpmpp": 999}),
-        (EulerDiscreteScheduler(timestep_spacing="leading"), ("euler", "ddpm", "ddim", "dpmpp"), {"dpmpp": 999}),
-        (DDPMScheduler(num_train_timesteps=60), ("ddpm", "ddim", "dpmpp", "euler"), {"dpmpp": 59}),
+        (DDPMScheduler(), ("ddpm", "ddim", "dpmpp", "euler"), 100),
+        (DPMSolverMultistepScheduler(), ("dpmpp", "ddpm", "ddim", "euler"), 100),
+        (EulerDiscreteScheduler(timestep_spacing="leading"), ("euler", "ddpm", "ddim", "dpmpp"), 100),
+        (DPMSolverMultistepScheduler(num_train_timesteps=60), ("dpmpp", "ddpm", "ddim", "euler"), 59),
+        (DDPMScheduler(num_train_timesteps=1), ("ddpm", "ddim", "dpmpp", "euler"), 1),
     ],
 )
-def test_own_scheduler_is_the_first_sampler_and_each_has_a_plan_up_to_its_limit(
-    tmp_path: Path, scheduler: Any, samplers: tuple[Sampler, ...], fewer: dict[Sampler, int]
+def test_own_scheduler_is_the_first_sampler_and_the_default_and_the_qualities_have_a_plan(
+    tmp_path: Path, scheduler: Any, samplers: tuple[Sampler, ...], default: int
 ) -> None:
     model = loaded(tmp_path, scheduler)
-    spec, T = model.spec, scheduler.config.num_train_timesteps
-    assert (spec.samplers, spec.max_steps, spec.default_steps) == (samplers, T, min(T, 100))
-    assert spec.fewer_steps == fewer
-    for sampler in samplers:
-        assert model.plan(sampler, spec.max_steps_of(sampler)).num_steps == spec.max_steps_of(sampler)
+    spec = model.spec
+    assert (spec.samplers, spec.default_steps) == (samplers, default)
+    assert spec.max_steps == scheduler.config.num_train_timesteps
+    for quality in QUALITIES:
+        assert model.plan(*spec.setting_of(quality)).num_steps == spec.setting_of(quality).num_steps
+
+
+def test_nearest_number_of_steps_is_the_next_lower_one_with_a_plan(tmp_path: Path) -> None:
+    spec = loaded(tmp_path, DDPMScheduler(timestep_spacing="trailing")).spec
+    assert not spec.has_plan("ddpm", 61)
+    assert (spec.nearest_steps("ddpm", 61), spec.nearest_steps("ddpm", 60)) == (60, 60)
 
 
 def test_schedule_has_the_noise_levels_of_diffusers_one_timestep_later(tmp_path: Path) -> None:
@@ -76,7 +83,7 @@ def test_null_label_is_no_class(tmp_path: Path) -> None:
     assert model.step(CPU, torch.float32).labels.tolist() == [1, 2, 0]
 
 
-@pytest.mark.parametrize(("num_classes", "null_label"), [(None, 0), (3, 3), (1, 0)])
+@pytest.mark.parametrize(("num_classes", "null_label"), [(None, 0), (3, 3), (3, -1), (1, 0)])
 def test_null_label_that_the_network_does_not_have_is_refused(
     tmp_path: Path, num_classes: int | None, null_label: int
 ) -> None:
@@ -92,6 +99,7 @@ def test_null_label_that_the_network_does_not_have_is_refused(
         ({"0": "cat"}, "id2label must have a name for each label from 0 to 1"),
         ({"0": "cat", "1": "cat"}, "id2label is not valid: class names must differ"),
         ({"0": "cat", "1": "\n"}, "id2label is not valid: class names must be printable"),
+        ({"0": None, "1": {"a": 1}}, "id2label is not valid: class names must be texts"),
     ],
 )
 def test_invalid_names_of_classes_are_refused(tmp_path: Path, names: Any, message: str) -> None:
@@ -151,6 +159,16 @@ def test_schedule_that_the_samplers_cannot_use_is_refused(tmp_path: Path) -> Non
     betas = [0.01, 1e-20, 0.02]
     with pytest.raises(CheckpointError, match="the schedule adds too little noise"):
         loaded(tmp_path, DDPMScheduler(num_train_timesteps=3, trained_betas=betas))
+
+
+def test_network_that_cannot_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the network cannot run: "):
+        loaded(tmp_path, sample_size=15)
+
+
+def test_pipeline_whose_scheduler_has_no_plan_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"clip_sample_range must be above 0, got -1\.0"):
+        loaded(tmp_path, DDPMScheduler(clip_sample_range=-1.0))
 
 
 def test_schedules_are_equal_if_their_noise_levels_are() -> None:

@@ -64,7 +64,6 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     (EULER, {"use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 50.0}),
     (EULER, {"use_exponential_sigmas": True}),
     (EULER, {"final_sigmas_type": "sigma_min"}),
-    (EULER, {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
     (EULER, {"steps_offset": 1, "timestep_spacing": "leading"}),
     (EULER, ZERO_SNR),
 ]
@@ -203,7 +202,11 @@ def test_rows_of_different_schedulers_and_steps_have_the_same_bits_as_alone() ->
             {"_class_name": DDPM, "beta_schedule": "steep"},
             "DDPMScheduler does not accept the configuration: steep is no",
         ),
-        ({"_class_name": DDPM, "trained_betas": [0.1, 0.2]}, "trained_betas has 2 values, but num_train_timesteps is"),
+        ({"_class_name": DDPM, "trained_betas": [0.1, 0.2]}, "trained_betas has the shape (2,), but num_train"),
+        (
+            {"_class_name": EULER, "timestep_type": "continuous"},
+            "timestep_type is 'continuous'. Supported is",
+        ),
         ({"_class_name": DDPM, "beta_end": 2.5}, "the betas must be above 0 and at most 1, so that"),
         ({"_class_name": DDPM, "beta_start": -0.1}, "the betas must be above 0"),
         ({"_class_name": DDPM, "beta_end": math.nan}, "the betas must be above 0"),
@@ -221,22 +224,67 @@ def test_configuration_without_a_plan_is_refused_with_its_key(config: dict[str, 
     [
         ({"_class_name": DDPM}, 0, "num_steps must be 1 to 1000, got 0"),
         ({"_class_name": DDPM, "num_train_timesteps": 50}, 51, "num_steps must be 1 to 50, got 51"),
-        ({"_class_name": DDIM, **ZERO_SNR, "prediction_type": "epsilon"}, 10, "rescale_betas_zero_snr needs"),
+        (
+            {"_class_name": DDIM, **ZERO_SNR, "prediction_type": "epsilon"},
+            10,
+            "the first timestep has no signal",
+        ),
         (
             {"_class_name": DDPM, "timestep_spacing": "random"},
             10,
-            "DDPMScheduler has no plan for its configuration: ra",
+            "DDPMScheduler has no timesteps for 10 steps: random",
         ),
-        ({"_class_name": DDPM, "steps_offset": 10**6}, 10, "DDPMScheduler has no plan for its configuration: index"),
+        ({"_class_name": DDPM, "steps_offset": 10**6}, 10, "DDPMScheduler has no plan for num_steps 10"),
         (
             {"_class_name": DDIM, "clip_sample_range": None},
             10,
-            "DDIMScheduler has no plan for its configuration: float",
+            "DDIMScheduler has no plan for its configuration: '>' not supported",
         ),
-        ({"_class_name": DPMPP, **COSINE, "use_karras_sigmas": True}, 10, "num_steps is 10, but the first two steps"),
+        (
+            {"_class_name": DDPM, "clip_sample_range": -1.0},
+            10,
+            "DDPMScheduler has no plan for its configuration",
+        ),
+        # diffusers makes one timestep more than was asked for.
+        ({"_class_name": DDPM, "timestep_spacing": "trailing"}, 61, "DDPMScheduler has no plan for num_steps 61"),
+        (
+            {"_class_name": DPMPP, "timestep_spacing": "trailing"},
+            61,
+            "DPMSolverMultistepScheduler has no plan for",
+        ),
+        (
+            {"_class_name": EULER, "timestep_spacing": "trailing"},
+            61,
+            "EulerDiscreteScheduler has no plan for num",
+        ),
+        ({"_class_name": DPMPP}, 1000, "DPMSolverMultistepScheduler has no plan for num_steps 1000"),
+        (
+            {"_class_name": DPMPP, **COSINE, "use_karras_sigmas": True},
+            10,
+            "DPMSolverMultistepScheduler has no plan for",
+        ),
     ],
 )
 def test_number_of_steps_without_a_plan_is_refused(config: dict[str, Any], num_steps: int, message: str) -> None:
     with pytest.raises(ValueError) as refused:
         Scheduler(config).plan(num_steps)
     assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", [DDPM, DDIM, DPMPP, EULER])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("offset", [0, 5])
+def test_every_number_of_steps_either_has_a_plan_or_is_known_to_have_none(name: str, spacing: str, offset: int) -> None:
+    config = {"_class_name": name, "num_train_timesteps": 60, "timestep_spacing": spacing, "steps_offset": offset}
+    if name == DPMPP and offset == 5:
+        config["final_sigmas_type"] = "sigma_min"
+    scheduler, found = Scheduler(config), 0
+    for num_steps in range(1, 61):
+        if scheduler.has_plan(num_steps):
+            plan = scheduler.plan(num_steps)
+            found += 1
+            assert (plan.num_steps, plan.rows[:, -1].tolist()) == (num_steps, [0.0] * (num_steps - 1) + [1.0])
+        else:
+            with pytest.raises(ValueError, match=r"has no (plan|timesteps) for"):
+                scheduler.plan(num_steps)
+    assert found >= 20

@@ -1,6 +1,7 @@
 """Tests of one step of a pipeline, compared with its equations."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,3 +95,28 @@ def test_row_that_is_not_finite_is_reported(model: PipelineModel) -> None:
 
 def test_number_of_threads_is_a_power_of_two() -> None:
     assert [cpu_threads(count) for count in (1, 2, 3, 4, 7, 8, 64)] == [1, 2, 2, 4, 4, 8, 8]
+
+
+# Sizes that fit badly to vectors: one level of 12 channels with 9 x 9 pixels.
+BAD_SIZES: dict[str, Any] = {
+    "sample_size": 9,
+    "block_out_channels": (12,),
+    "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+}
+
+
+@pytest.mark.parametrize(("sizes", "independent"), [({}, True), (BAD_SIZES, False)])
+def test_rows_whose_bits_depend_on_their_place_are_found_and_get_their_own_calls(
+    tmp_path: Path, sizes: dict[str, Any], independent: bool
+) -> None:
+    write_pipeline(tmp_path, **sizes)
+    step = PipelineModel(load_pipeline(tmp_path)).step(CPU, torch.float32)
+    assert step.has_independent_rows() == independent
+    step.use_single_rows()
+    x_t, c = torch.randn(4, *step.image_shape, generator=torch.Generator().manual_seed(1)), torch.zeros(4, 2)
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.inference_mode():
+        one, other = (step.call_rows.call(step.denoise, x_t[rows], c) for rows in (torch.arange(4), order))
+    assert torch.equal(one[order], other)
