@@ -90,16 +90,15 @@ def mixed(k: int) -> RequestSpec:
     return RequestSpec(FEW, {**one(k).body, **FEW_STEPS}) if k % 2 else RequestSpec("100 steps", one(k).body)
 
 
-def of_pipeline(k: int) -> RequestSpec:
-    """Returns the k-th request for one image of a pipeline: every second request uses 1 step instead of 50."""
-    num_steps = 1 if k % 2 else 50
+def of_pipeline(num_steps: int) -> RequestMaker:
+    """Returns the requests for one image of a pipeline in this number of steps."""
     kind = f"{num_steps} step{'s' if num_steps > 1 else ''}"
-    return RequestSpec(kind, {**PIPELINE_PROBE, "seed": k, "num_steps": num_steps})
+    return lambda k: RequestSpec(kind, {**PIPELINE_PROBE, "seed": k, "num_steps": num_steps})
 
 
-def of_pipeline_in_50_steps(k: int) -> RequestSpec:
-    """Returns the k-th request for one image of a pipeline in 50 steps."""
-    return RequestSpec("50 steps", {**PIPELINE_PROBE, "seed": k, "num_steps": 50})
+def mixed_of_pipeline(k: int) -> RequestSpec:
+    """Returns the k-th request of a mix: every second request uses 1 step instead of 50."""
+    return of_pipeline(1 if k % 2 else 50)(k)
 
 
 def clients_of_one(count: int) -> Load:

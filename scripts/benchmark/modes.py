@@ -21,8 +21,8 @@ from scripts.benchmark.loads import (
     closed_loads,
     large,
     mixed,
+    mixed_of_pipeline,
     of_pipeline,
-    of_pipeline_in_50_steps,
     one,
     one_large,
     open_loads,
@@ -108,17 +108,20 @@ def measure_alternatives(options: Options, requests: str, reporter: Reporter) ->
 def measure_pipeline(options: Options, folder: Path, reporter: Reporter) -> None:
     """Measures this service and other servers with the same pipeline of diffusers.
 
-    The first load has 8 clients of 50 steps, which use the full capacity. The second one has random arrivals, half of
-    them with 1 step, at 70% of the capacity of the slowest service.
+    The loads are a client of 1 step beside 12 clients of 50 steps, which use the full capacity, and random arrivals,
+    half of them with 1 step, at 90% of the capacity of the slowest service.
     """
     run, probe = _Run(options, reporter), PIPELINE_PROBE
     own = this_service(probe=probe, models=f"own={folder.resolve()}")
     names = (("pipeline-example",), ("pipeline-litserve", "--max-images", "8"))
     contestants = [own, *(alternative(*name, "--folder", str(folder), probe=probe) for name in names)]
-    saturated = run.repeat(contestants, [Load("8 x 1 image, 50 steps", (of_pipeline_in_50_steps,) * 8)])
+    count, long = 12, of_pipeline(50)
+    beside = Load(f"1 client of 1 step beside {count} of 50 steps", (of_pipeline(1), *(long,) * count))
+    found = run.repeat(contestants, [beside])
+    slowest = max(row["latencies"][long(0).kind]["p50"] for row in found)
     # An arrival has 25.5 steps on average.
-    rate = 0.7 * 50 / 25.5 * min(_rate_of(saturated, each.name) for each in contestants)
-    arriving = Load("arrivals, half with 1 step and half with 50", make_request=of_pipeline, rate=rate)
+    rate = 0.9 * count / slowest * 50 / 25.5
+    arriving = Load("arrivals, half with 1 step and half with 50", make_request=mixed_of_pipeline, rate=rate)
     run.repeat(contestants, [arriving])
     run.finish()
 

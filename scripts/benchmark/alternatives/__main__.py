@@ -59,13 +59,15 @@ def _serve(name: str, port: int, max_images: int, batch_timeout: float) -> None:
 def _serve_pipeline(name: str, port: int, folder: Path, max_images: int, batch_timeout: float) -> None:
     """Runs the server until the process is stopped. `batch_timeout` is in seconds."""
     require("diffusers", "bench")
-    from scripts.benchmark.alternatives import pipelines
-
     if name == "pipeline-example":
-        pipelines.serve_example(port, folder)
+        from scripts.benchmark.alternatives import pipelines
+
+        pipelines.serve(port, folder)
     else:
         require("litserve", "bench")
-        pipelines.serve_litserve(port, folder, max_images, batch_timeout)
+        from scripts.benchmark.alternatives import pipelines_litserve
+
+        pipelines_litserve.serve(port, folder, max_images, batch_timeout)
 
 
 if __name__ == "__main__":

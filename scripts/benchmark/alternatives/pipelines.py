@@ -1,7 +1,7 @@
-"""Servers for a pipeline of diffusers: the server example of diffusers, and LitServe with its own batching.
+"""The server example of diffusers for a pipeline.
 
-Both generate images with the pipeline itself, which calls its network with one timestep for the whole batch. A request
-has its own seed, as `"noise": "torch"` in this service.
+It generates images with the pipeline itself, which calls its network with one timestep for the whole batch. A request
+has its own seed, as with `"noise": "torch"` in this service.
 """
 
 import asyncio
@@ -64,41 +64,9 @@ def create_app(folder: Path) -> FastAPI:
     return app
 
 
-def serve_example(port: int, folder: Path) -> None:
+def serve(port: int, folder: Path) -> None:
     """Runs the server example until the process is stopped."""
     uvicorn.run(create_app(folder), host="127.0.0.1", port=port, log_level="warning")
-
-
-def serve_litserve(port: int, folder: Path, max_images: int, batch_timeout: float) -> None:
-    """Runs LitServe until the process is stopped. A batch makes one call of the pipeline for each number of steps."""
-    import litserve
-
-    class PipelineAPI(litserve.LitAPI):  # type: ignore[misc] # untyped
-        def setup(self, device: str) -> None:
-            self.pipeline = new_pipeline(folder)
-
-        def decode_request(self, request: Request) -> Request:
-            return request
-
-        def batch(self, inputs: list[Request]) -> list[Request]:
-            return inputs
-
-        def predict(self, requests: list[Request]) -> list[bytes]:
-            pngs = dict[int, bytes]()
-            for num_steps in sorted({request.num_steps for request in requests}):
-                places = [place for place, request in enumerate(requests) if request.num_steps == num_steps]
-                pngs |= dict(zip(places, draw(self.pipeline, [requests[place] for place in places]), strict=True))
-            return [pngs[place] for place in range(len(requests))]
-
-        def unbatch(self, output: list[bytes]) -> list[bytes]:
-            return output
-
-        def encode_response(self, output: bytes) -> Response:
-            return Response(output, media_type="image/png")
-
-    api = PipelineAPI(max_batch_size=max_images, batch_timeout=batch_timeout, api_path="/generate")
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=False, fast_queue=True)
-    server.run(host="127.0.0.1", port=port, num_api_servers=1, generate_client_file=False, log_level="warning")
 
 
 def _png(image: Any) -> bytes:

@@ -1,0 +1,56 @@
+"""The figures and the example network of docs/diffusers.md and of its benchmark."""
+
+import json
+import statistics
+
+import pytest
+
+from model.pipelines.folder import NETWORK, _check_network
+from tests.docs.markdown import ROOT
+
+DOCS = ROOT / "docs"
+RESULTS = json.loads((DOCS / "results/benchmarks/zen5/pipeline.json").read_text())["rows"]
+SERVERS = ("unfog", "pipeline-example", "pipeline-litserve")
+
+
+@pytest.mark.parametrize("load", ["1 client of 1 step beside 12 of 50 steps", "arrivals, half with 1 step and half"])
+@pytest.mark.parametrize(("kind", "percentile"), [("1 step", "p95"), ("50 steps", "p50")])
+def test_table_of_the_benchmark_has_the_measured_figures(load: str, kind: str, percentile: str) -> None:
+    shown = []
+    for server in SERVERS:
+        rows = [row for row in RESULTS if row["contestant"].startswith(server) and row["load"].startswith(load)]
+        values = [row["latencies"][kind][percentile] for row in rows]
+        assert len(values) == 3
+        shown.append(f"{_digits(statistics.median(values))} s ({_digits(min(values))} - {_digits(max(values))})")
+    lines = (DOCS / "benchmarks.md").read_text().splitlines()
+    assert any(f"{kind}, {percentile} | {' | '.join(shown)} |" in line for line in lines), shown
+
+
+def test_page_has_the_latencies_of_the_saturated_servers() -> None:
+    text = (DOCS / "diffusers.md").read_text()
+    for server in SERVERS:
+        rows = [row for row in RESULTS if row["contestant"].startswith(server) and "beside" in row["load"]]
+        assert f"{_digits(statistics.median(row['latencies']['1 step']['p95'] for row in rows))} s" in text
+
+
+def test_saturated_servers_differ_as_the_page_says() -> None:
+    def median(server: str, kind: str, percentile: str) -> float:
+        rows = [row for row in RESULTS if row["contestant"].startswith(server) and "beside" in row["load"]]
+        return statistics.median(row["latencies"][kind][percentile] for row in rows)
+
+    for other in SERVERS[1:]:
+        assert median(other, "1 step", "p95") > 8 * median("unfog", "1 step", "p95")
+        assert median("unfog", "50 steps", "p50") < median(other, "50 steps", "p50") / 0.95
+
+
+def test_example_network_is_supported() -> None:
+    path = DOCS / "results/diffusers/network.json"
+    config = json.loads(path.read_text())
+    assert config["_class_name"] == NETWORK
+    assert _check_network(path, config) == ((3, 32, 32), 0)
+    assert (DOCS / "diffusers.md").read_text().count("results/diffusers/network.json") == 1
+
+
+def _digits(seconds: float) -> str:
+    """Returns three significant digits, without an exponent."""
+    return f"{seconds:#.3g}"
