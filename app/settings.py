@@ -212,8 +212,9 @@ class Settings(BaseSettings):
     device: Annotated[str, AfterValidator(_device)] = "auto"
     """auto, cpu, cuda or cuda:N. auto: the GPU if it works, otherwise the CPU (default: auto)"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """precision of the network: auto, float32, bfloat16 or float16. float16 needs a GPU. auto: bfloat16 or float16 if
-    the hardware accelerates it, otherwise float32; pipelines of diffusers always float32 (default: auto)"""
+    """precision of the network: auto, float32, bfloat16 or float16. float16 needs a GPU. auto: float32 for pipelines
+    of diffusers; for other models bfloat16 or float16 if the hardware accelerates it, otherwise float32
+    (default: auto)"""
     compile: Literal["auto", "on", "off"] = "auto"
     """compilation of the denoising step: auto, on or off. auto: on a CPU, compile if a C++ compiler or a compiled step
     in the cache is found; on a GPU, run CUDA graphs of the step without compilation. on: compile, on a GPU inside CUDA

@@ -26,18 +26,9 @@ NEEDS_DIFFUSERS = "Pipelines of diffusers need the extra `diffusers`: pip instal
 
 def load_runner(settings: Settings) -> Runner:
     """Returns the runner for these settings. Raises RunnerError with a message of one line if this fails."""
-    _check_null_labels(settings)
-    models = {
-        name: _load(path, settings.source_of(name), settings.null_labels.get(name))
-        for name, path in settings.model_paths.items()
-    }
-    has_pipeline = any(isinstance(loaded, PipelineModel) for loaded in models.values())
-    device = choose_device(settings.device)
-    fixed_rows = (settings.max_batch or FIXED_ROWS) if settings.reproducible == "on" else None
-    if fixed_rows and device.type == "cuda" and settings.compile == "off":
-        raise RunnerError("UNFOG_REPRODUCIBLE=on needs CUDA graphs. Set UNFOG_COMPILE to auto or on")
-    if fixed_rows and device.type == "cuda" and has_pipeline:
-        raise RunnerError("UNFOG_REPRODUCIBLE=on does not support pipelines of diffusers on a GPU. Set it to off")
+    models, device = _load_models(settings), choose_device(settings.device)
+    has_pipeline = any(loaded.spec.is_pipeline for loaded in models.values())
+    fixed_rows = _fixed_rows(settings, device, has_pipeline=has_pipeline)
     dtype = choose_dtype(settings.dtype, device)
     dtype_of_pipelines = DTYPES.get(settings.dtype, torch.float32)  # diffusers itself uses float32 by default
     threads_of_pipelines = cpu_threads(settings.num_threads or available_threads())
@@ -64,15 +55,28 @@ def load_runner(settings: Settings) -> Runner:
     return runner
 
 
-def _check_null_labels(settings: Settings) -> None:
-    for name in settings.null_labels:
-        path = settings.model_paths.get(name)
-        if path is None or path.is_file():
+def _fixed_rows(settings: Settings, device: torch.device, *, has_pipeline: bool) -> int | None:
+    """Returns the number of rows of every step with UNFOG_REPRODUCIBLE=on, otherwise None. Raises RunnerError."""
+    if settings.reproducible == "off":
+        return None
+    if device.type == "cuda" and settings.compile == "off":
+        raise RunnerError("UNFOG_REPRODUCIBLE=on needs CUDA graphs. Set UNFOG_COMPILE to auto or on")
+    if device.type == "cuda" and has_pipeline:
+        raise RunnerError("UNFOG_REPRODUCIBLE=on does not support pipelines of diffusers on a GPU. Set it to off")
+    return settings.max_batch or FIXED_ROWS
+
+
+def _load_models(settings: Settings) -> dict[str, LoadedFile]:
+    """Loads all models, by name. Raises RunnerError."""
+    paths, null_labels = settings.model_paths, settings.null_labels
+    for name in null_labels:
+        if name not in paths or paths[name].is_file():
             raise RunnerError(f"UNFOG_NULL_LABELS names {name!r}, which is not a served pipeline of diffusers")
+    return {name: _load(path, settings.source_of(name), null_labels.get(name)) for name, path in paths.items()}
 
 
 def _load(path: Path, variable: str, null_label: int | None) -> LoadedFile:
-    """Loads a checkpoint, or a folder with a pipeline of diffusers."""
+    """Loads a checkpoint, or a pipeline of diffusers from a folder or from the Hub. Raises RunnerError."""
     try:
         if not (path.is_dir() or is_hub_name(path)):
             return checkpoint.load(path)

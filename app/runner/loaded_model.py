@@ -18,7 +18,7 @@ from model.spec import PIPELINE_SAMPLERS, Guidance, Process, Sampler
 from model.step import ReverseStep, Step
 
 LoadedFile = Checkpoint | PipelineModel
-OLDEST_STEPS = 100  # T of the schedule for which the interval of CLIP guidance was chosen
+CLIP_SCHEDULE_STEPS = 100  # T of the schedule for which the interval of CLIP guidance was chosen
 
 
 class LoadedModel:
@@ -50,7 +50,7 @@ def _describe(name: str, loaded: LoadedFile, device: torch.device, dtype: torch.
         version=VERSION,
         compiled=False,
         guided_steps=_steps_of(loaded, loaded.guidance_of),
-        clip_steps=_steps_of(loaded, lambda sampler: ClipGuidance(scale=1.0), OLDEST_STEPS / spec.max_steps),
+        clip_steps=_steps_of(loaded, lambda sampler: ClipGuidance(scale=1.0), CLIP_SCHEDULE_STEPS / spec.max_steps),
         readout=Readout.of(loaded.weights_sha256, spec.num_classes),
     )
 
@@ -63,7 +63,7 @@ def _steps_of(
     The interval of the guidance is compared with the timesteps multiplied by `factor`.
     """
 
-    @lru_cache(maxsize=512)  # a set of 1,000 steps has 60 kB
+    @lru_cache(maxsize=512)  # a set of 1,000 steps takes 60 kB
     def steps(process: Process, num_steps: int, path: tuple[int, ...]) -> StepSet:
         if process not in PIPELINE_SAMPLERS:
             return range(0)

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # the numbers of rows for which warm-up measures the step time
 STEPS_UNTIL_TRIM = 1000  # after this number of steps, freed memory is returned to the kernel
-FIRST_PIPELINE_SLOTS = 8  # fewer, because images of 256 x 256 pixels take 4 MB each
+FIRST_PIPELINE_SLOTS = 8  # fewer, because a slot for 256 x 256 pixels takes 3.3 MB
 FIRST_SLOTS = sum(BATCHES)  # the initial number of slots: the number that warm-up needs at the same time
 
 
@@ -78,7 +78,7 @@ class Runner:
         dtype_of_pipelines: torch.dtype = torch.float32,
         threads_of_pipelines: int = 1,
     ) -> None:
-        """`dtype` and `threads` are those of checkpoints. The threads are used on a CPU only."""
+        """`dtype` and `threads` apply to checkpoints. Both numbers of threads apply on a CPU only."""
         self.clip = clip
         self.network_seconds = 0.0  # time spent in network calls
         self._num_steps = 0
@@ -115,7 +115,7 @@ class Runner:
         return Slots(FIRST_SLOTS, info.image_shape, self.device, self._transfers, num_labels=1 + info.num_classes)
 
     def compile(self, cache: Path, *, must: bool) -> bool:
-        """Compiles the step of each model, but not of pipelines on a GPU. Returns True if all of this succeeds.
+        """Compiles the step of each model, except pipelines on a GPU. Returns True if every compilation succeeds.
 
         If a step cannot be compiled and `must` is True, raises RunnerError. If `must` is False, the model then runs
         without compilation.
@@ -334,7 +334,10 @@ class Runner:
             if self._threads_of_pipelines and isinstance(model.program, PipelineStep):
                 with self.threads.exactly(self._threads_of_pipelines):
                     if not model.program.has_independent_rows():
-                        log.info("Each image has its own network calls", extra={"checkpoint": model.info.name})
+                        log.info(
+                            "Rows of a call are not independent, using one uncompiled call for each",
+                            extra={"checkpoint": model.info.name},
+                        )
                         model.program.use_single_rows()
                         model.use(model.program, compiled=False)
 

@@ -107,7 +107,9 @@ def _one_of_each(info: ModelInfo, fields: GenerateFields, labels: Sequence[str |
 def _options_of(info: ModelInfo, fields: GenerateFields, label: int) -> Options:
     """Returns the options without those of CLIP guidance. Raises FieldError like `generate`."""
     if fields.noise != "unfog" and not info.is_pipeline:
-        raise FieldError("noise", f"Input should be 'unfog' for model '{info.name}'. It is no pipeline of diffusers")
+        raise FieldError(
+            "noise", f"Input should be 'unfog' for model '{info.name}'. Only pipelines of diffusers support 'torch'"
+        )
     return replace(options_of(fields, label, info), noise=fields.noise)
 
 

@@ -50,9 +50,10 @@ class LabelFields(BaseModel):
 
 
 def label_of(info: ModelInfo, fields: LabelFields) -> int | None:
-    """Returns the number of the class that a request names, or None if it names none. A lone class needs no name.
+    """Returns the number of the class that a request names, or None if it names none.
 
-    Raises FieldError if the request names two classes, or one that the model does not have.
+    A request for a model with one class does not need to name it: its number is then 0. Raises FieldError if the
+    request names two classes, or one that the model does not have.
     """
     if fields.digit is None:
         if fields.label is None:

@@ -48,7 +48,7 @@ class ModelFields(TimedFields):
 
 
 def num_steps_field() -> Any:
-    """Returns the default of a field `num_steps`."""
+    """Returns the definition of the field `num_steps`, of which tasks permit different values."""
     return Field(
         default=None,
         description="Number of denoising steps. If absent, the default of the model (shipped checkpoints: 100 for "

@@ -28,7 +28,9 @@ def hub_folder(path: Path) -> Path:
     """
     name = _NAME.fullmatch(str(path))
     if not name:
-        raise CheckpointError(f"{path} is not of the form {PREFIX}OWNER/NAME@COMMIT, with the 40 digits of a commit")
+        raise CheckpointError(
+            f"{path} is not of the form {PREFIX}OWNER/NAME@COMMIT, with the 40 hexadecimal digits of a commit"
+        )
     repository, commit = name.groups()
     hub = importlib.import_module("huggingface_hub")
     try:

@@ -32,12 +32,13 @@ ONLY_CLASS = "image"  # the name of the class of a network without classes
 class PipelineModel:
     """A pipeline with what the service asks of a model. A network without classes has one, so requests need no label.
 
-    `probe` and `probe_image` are those of a checkpoint. The image is computed here, in float32, from one step in the
-    middle of the schedule: a step from T would multiply the rounding errors of bfloat16 by hundreds.
+    `probe` and `probe_image` have the purpose that they have in a checkpoint. A pipeline has no stored image, so it is
+    computed here, in float32, from one step in the middle of the schedule. A step from T would multiply the rounding
+    errors of bfloat16 by hundreds.
     """
 
     def __init__(self, pipeline: Pipeline, null_label: int | None = None) -> None:
-        """`null_label` is the label for which the network was trained without a class. It permits guidance.
+        """`null_label` is the label that meant "no class" in the training. It permits guidance.
 
         Raises CheckpointError if the pipeline has no such label, or no sampler can use its schedule.
         """

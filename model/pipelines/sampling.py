@@ -22,9 +22,9 @@ class TorchNoise:
         self._number, self._z = -1, torch.empty(0)
 
     def draw(self, number: int) -> Tensor:
-        """Returns a draw (1, C, H, W): number 0 is the noise of the first x_t. The same number gives the same draw.
+        """Returns the noise (1, C, H, W) with this number; 0 is that of the first x_t.
 
-        The numbers must not decrease or leave one out.
+        Ask for the numbers in order. Only the last one can be repeated, for example after a failed step.
         """
         if number == self._number + 1:
             self._number, self._z = number, torch.randn(self._shape, generator=self._generator)

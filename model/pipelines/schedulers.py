@@ -7,8 +7,8 @@ the output F of the network, and coefficients that depend on the configuration a
     x_0    = clamp(u, -clip, clip)
     x_prev = a x_t + b x_0 + c x_0_prev + s z + d u
 
-d is not 0 only for DDIM with clipping: its direction is that of the noise in the network's output, which belongs to u.
-The first five columns are those of `Plan` in model/sampler.py, so that both kinds of plans fit into one table.
+Only DDIM uses d: the noise that it adds back is computed from the unclipped u, unless `use_clipped_model_output` is
+set. The first five columns are those of `Plan` in model/sampler.py, so that both kinds of plans fit into one table.
 
 Timesteps and noise levels are those of the scheduler of diffusers. Only the coefficients are computed here, with
 float64. The level of x_t = alpha x_0 + sigma eps is a pair (alpha, sigma) with alpha^2 + sigma^2 = 1.
@@ -29,7 +29,7 @@ from model.prediction import unclipped_x_0
 from model.sampler import reverse_step
 
 Level = tuple[float, float]  # alpha and sigma
-# The keys of a configuration that a plan does not support, with the values that it does.
+# Keys of a configuration of which only these values are supported.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "algorithm_type": ("dpmsolver++",),
     "interpolation_type": ("linear",),
@@ -60,7 +60,7 @@ class StepOfPlan:
     of_x_t: float = 0.0
     d: float = 0.0
     clip: float = math.inf
-    end: float = 0.0  # 1 in the last step: the image is x_prev, which some schedulers do not set to x_0
+    end: float = 0.0  # 1 in the last step: the result is x_prev, which can differ from x_0
 
     @property
     def row(self) -> list[float]:
@@ -162,14 +162,17 @@ class Scheduler:
         return PipelinePlan.of([*steps[:-1], replace(steps[-1], end=1.0)], making._start())
 
     def has_plan(self, num_steps: int) -> bool:
-        """Returns True if diffusers has a step for each of `num_steps` steps. It takes less than a millisecond."""
+        """Returns True if diffusers has valid timesteps for `num_steps` steps. It takes less than a millisecond."""
         try:
             return 1 <= num_steps <= self.num_timesteps and bool(self._prepared(num_steps))
         except ValueError:
             return False
 
     def _prepared(self, num_steps: int) -> "Scheduler":
-        """Returns a copy that has the timesteps, because a scheduler of diffusers has a state. Raises ValueError."""
+        """Returns a copy that has the timesteps. Raises ValueError if there are none.
+
+        It is a copy because a scheduler of diffusers changes during a run, and several threads make plans.
+        """
         making = copy.copy(self)
         making._own = copy.deepcopy(self._own)
         try:
@@ -186,7 +189,7 @@ class Scheduler:
 
     @property
     def timesteps(self) -> list[float]:
-        """The timesteps of the plan that is made, as diffusers counts them."""
+        """The timesteps that `_prepared` has set, as diffusers counts them."""
         timesteps: list[float] = self._own.timesteps.tolist()
         return timesteps
 

@@ -14,7 +14,7 @@ from model.prediction import unclipped_x_0
 from model.sampler import guide
 from model.step import Rows, State, Stepped
 
-# Rows of each network call on a CPU. A call of another size, or with another number of threads, has other float32 sums.
+# Rows of each network call on a CPU. A call of another size, or with another number of threads, rounds differently.
 # For the network of google/ddpm-cifar10-32, a row takes 70 ms in calls of 1 row, 47 ms with 4 and 42 ms with 16 (Zen 5,
 # two threads), but an image alone takes the time of a whole call.
 CPU_ROWS = 4
@@ -69,7 +69,7 @@ class PipelineStep(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """`labels` are the labels of the network for the classes, and last that for "no class".
+        """`labels` has the label of the network for each class, and then the label for "no class".
 
         `architecture` is what the code of a compiled network depends on, besides the shapes and types of its weights.
         """
@@ -112,8 +112,8 @@ class PipelineStep(nn.Module):
     def has_independent_rows(self) -> bool:
         """Returns True if a row has the same bits at every place of a call, with the present number of threads.
 
-        It rotates the rows of calls with random images. In a network whose sizes fit badly to vectors and threads, the
-        bits of a row depend on its place, and almost every value of its output then differs.
+        It rotates the rows of calls with random images. In a network whose sizes do not divide evenly among vectors and
+        threads, the bits of a row depend on its place, and almost every value of its output then differs.
         """
         generator, (x_t, c) = torch.Generator().manual_seed(0), self.example_call(CPU_ROWS)
         for number in range(NUM_CHECKS):

@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,8 @@ def measure_pipeline(options: Options, folder: Path, reporter: Reporter) -> None
     run, probe = _Run(options, reporter), PIPELINE_PROBE
     own = this_service(probe=probe, models=f"own={folder.resolve()}")
     names = (("pipeline-example",), ("pipeline-litserve", "--max-images", "8"))
-    contestants = [own, *(alternative(*name, "--folder", str(folder), probe=probe) for name in names)]
+    others = [(" ".join(name), alternative(*name, "--folder", str(folder), probe=probe)) for name in names]
+    contestants = [own, *(replace(other, name=name) for name, other in others)]
     count, long = 12, of_pipeline(50)
     beside = Load(f"1 client of 1 step beside {count} of 50 steps", (of_pipeline(1), *(long,) * count))
     found = run.repeat(contestants, [beside])

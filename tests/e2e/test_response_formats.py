@@ -43,6 +43,7 @@ def test_json_contains_all_options_and_the_model(generated: dict[str, Any], chec
         **BODY,
         "label": "7",
         "labels": ["7"] * 5,
+        "noise": "unfog",
         "model": model,
         "evaluations": EVALUATIONS,
         **without_clip,

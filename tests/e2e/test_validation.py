@@ -196,6 +196,7 @@ def test_defaults_are_as_documented(service: Service) -> None:
     assert response == {
         **expected,
         "labels": ["3"],
+        "noise": "unfog",
         **without_clip,
         "evaluations": 100 + 61,
     }  # guidance acts at t = 20 to 80

@@ -61,6 +61,7 @@ from app.tasks.generate import generate_each
 from app.tasks.sampling import SamplingFields, new_seed
 from app.tasks.task import Task
 from model.png import MAX_SEED
+from model.spec import MOST_STEPS, PIPELINE_SAMPLERS
 
 open_router, router = Router(), Router()  # open_router: the operations that need no API key
 
@@ -216,9 +217,13 @@ def _complete(operation: Schema, offer: Offer) -> dict[str, Schema]:
     """Returns the schema of a request and of its parts, with the limits of the settings."""
     _, definitions = models_json_schema([(InferenceRequest, "validation")], ref_template=REF)
     schemas: dict[str, Schema] = definitions["$defs"]
-    tensor, timeout = schemas["InputTensor"]["properties"], schemas["InferenceParameters"]["properties"]
+    tensor, parameters = schemas["InputTensor"]["properties"], schemas["InferenceParameters"]["properties"]
     tensor["shape"]["items"]["maximum"] = tensor["data"]["maxItems"] = offer.settings.largest_request
-    timeout["timeout_seconds"]["maximum"] = offer.settings.longest_timeout
+    parameters["timeout_seconds"]["maximum"] = offer.settings.longest_timeout
+    if offer.models:  # The model is in the path, so there is one schema for all models.
+        samplers = {sampler for spec in offer.models.values() for sampler in spec.samplers}
+        parameters["sampler"]["enum"] = [each for each in PIPELINE_SAMPLERS if each in samplers]
+        parameters["num_steps"]["maximum"] = min(max(spec.max_steps for spec in offer.models.values()), MOST_STEPS)
     default = next(iter(offer.models.values()), None)
     if default and not default.has_digits:
         change_examples(operation, _with_labels)

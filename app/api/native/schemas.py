@@ -75,7 +75,7 @@ class GenerateResponse(ImagesResponse):
         description="The name of the class of the images, or null if the images have different ones."
     )
     labels: list[str] = Field(description="The name of the class of each image.")
-    noise: Noise = Field(description="How noise was drawn.")
+    noise: Noise = Field(description="How noise was drawn, as in the request.")
     clip_guidance_scale: float
     clip_prompt: str | None = Field(description="The prompt of CLIP guidance, or null without CLIP guidance.")
     clip: ModelName | None = Field(description="The model of CLIP guidance, or null without CLIP guidance.")

@@ -32,7 +32,10 @@ def new_pipeline(folder: Path) -> Any:
 
 
 def draw(pipeline: Any, requests: list[Request]) -> list[bytes]:
-    """Returns a PNG for each request. All requests have the same number of steps, since the pipeline has one."""
+    """Returns the first image of each request as a PNG.
+
+    All requests must have the same number of steps, because one call of the pipeline has one number.
+    """
     seeds = [request.seed + index for request in requests for index in range(request.count)]
     images = pipeline(
         batch_size=len(seeds),
@@ -50,7 +53,7 @@ def draw(pipeline: Any, requests: list[Request]) -> list[bytes]:
 def create_app(folder: Path) -> FastAPI:
     """Returns an application like examples/server of diffusers: each request runs the pipeline in a thread.
 
-    Each has a scheduler of its own, because a scheduler has a state. The threads share the processor.
+    Each has a scheduler of its own, because a scheduler changes during a run. The threads share the processor.
     """
     app, shared = FastAPI(), new_pipeline(folder)
 

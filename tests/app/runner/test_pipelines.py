@@ -195,6 +195,7 @@ def test_measured_times_are_those_of_whole_calls(tmp_path: Path) -> None:
     assert times.seconds(64) == pytest.approx(16 * times.seconds(4))
 
 
+@pytest.mark.slow  # it compiles for 40 s
 def test_compiled_network_gives_the_images_of_diffusers_in_any_batch(tmp_path: Path) -> None:
     scheduler = DDPMScheduler(clip_sample=False, prediction_type="v_prediction")
     theirs = write_pipeline(tmp_path / "own", scheduler, **ONE_LEVEL)
