@@ -43,6 +43,13 @@ def test_saturated_servers_differ_as_the_page_says() -> None:
         assert median("unfog", "50 steps", "p50") < median(other, "50 steps", "p50") / 0.95
 
 
+def test_table_of_differences_has_the_measured_values_within_the_promised_limits() -> None:
+    text = (DOCS / "diffusers.md").read_text()
+    for scheduler, variant, step, path, equal in json.loads((DOCS / "results/diffusers/parity.json").read_text()):
+        assert f"| `{scheduler}` | {variant} | {_power(step)} | {_power(path)} | {equal:.2%} |" in text
+        assert (step <= 1e-5, path <= 1e-4, equal >= 0.999) == (True, True, True)
+
+
 def test_example_network_is_supported() -> None:
     path = DOCS / "results/diffusers/network.json"
     config = json.loads(path.read_text())
@@ -54,3 +61,9 @@ def test_example_network_is_supported() -> None:
 def _digits(seconds: float) -> str:
     """Returns three significant digits, without an exponent."""
     return f"{seconds:#.3g}"
+
+
+def _power(value: float) -> str:
+    """Returns a value such as 2 · 10⁻⁷."""
+    digit, _, exponent = f"{value:.0e}".partition("e")
+    return f"{digit} · 10{str(int(exponent)).translate(str.maketrans('0123456789-', '⁰¹²³⁴⁵⁶⁷⁸⁹⁻'))}"
