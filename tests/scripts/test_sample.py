@@ -174,6 +174,7 @@ def test_without_a_compiler_auto_runs_uncompiled_and_on_fails(tiny: Path, tmp_pa
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
+@pytest.mark.slow  # it compiles for 50 s
 def test_second_run_uses_the_compiled_step_of_the_first_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
