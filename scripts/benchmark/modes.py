@@ -108,8 +108,9 @@ def measure_alternatives(options: Options, requests: str, reporter: Reporter) ->
 def measure_pipeline(options: Options, folder: Path, reporter: Reporter) -> None:
     """Measures this service and other servers with the same pipeline of diffusers.
 
-    The loads are a client of 1 step beside 12 clients of 50 steps, which use the full capacity, and random arrivals,
-    half of them with 1 step, at 90% of the capacity of the slowest service.
+    In the first load, one client sends requests with 1 step, and 12 clients use the full capacity with requests of 50
+    steps. In the second one, requests arrive at random, half of them with 1 step, at 90% of the capacity of the slowest
+    service.
     """
     run, probe = _Run(options, reporter), PIPELINE_PROBE
     own = this_service(probe=probe, models=f"own={folder.resolve()}")
@@ -117,8 +118,9 @@ def measure_pipeline(options: Options, folder: Path, reporter: Reporter) -> None
     others = [(" ".join(name), alternative(*name, "--folder", str(folder), probe=probe)) for name in names]
     contestants = [own, *(replace(other, name=name) for name, other in others)]
     count, long = 12, of_pipeline(50)
-    beside = Load(f"1 client of 1 step beside {count} of 50 steps", (of_pipeline(1), *(long,) * count))
-    found = run.repeat(contestants, [beside])
+    name = f"one client with 1-step requests, {count} clients with 50-step requests"
+    saturating = Load(name, (of_pipeline(1), *(long,) * count))
+    found = run.repeat(contestants, [saturating])
     slowest = max(row["latencies"][long(0).kind]["p50"] for row in found)
     # An arrival has 25.5 steps on average.
     rate = 0.9 * count / slowest * 50 / 25.5

@@ -10,32 +10,13 @@ import torch
 
 from model.pipelines.folder import load_pipeline
 from model.pipelines.sampling import run_plan, torch_noise
+from tests.pipelines import write_pipeline
 
 with warnings.catch_warnings():  # the dependencies of diffusers raise warnings
     warnings.simplefilter("ignore")
-    from diffusers import (
-        DDIMPipeline,
-        DDIMScheduler,
-        DDPMPipeline,
-        DDPMScheduler,
-        DPMSolverMultistepScheduler,
-        UNet2DModel,
-    )
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of diffusers
-# As that of google/ddpm-cifar10-32, with fewer channels.
-NETWORK: dict[str, Any] = {
-    "sample_size": 16,
-    "block_out_channels": (16, 32, 32),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "norm_eps": 1e-6,
-}
 SEEDS = [5, 6, 7]
 
 
@@ -43,19 +24,16 @@ SEEDS = [5, 6, 7]
 @pytest.mark.parametrize(
     ("kind", "scheduler"),
     [
-        (DDPMPipeline, DDPMScheduler(clip_sample=False, prediction_type="v_prediction")),
-        (DDPMPipeline, DDPMScheduler(variance_type="fixed_large")),
-        (DDIMPipeline, DDIMScheduler(clip_sample=False, prediction_type="v_prediction")),
-        (DDPMPipeline, DPMSolverMultistepScheduler(prediction_type="v_prediction")),
+        ("DDPMPipeline", DDPMScheduler(clip_sample=False, prediction_type="v_prediction")),
+        ("DDPMPipeline", DDPMScheduler(variance_type="fixed_large")),
+        ("DDIMPipeline", DDIMScheduler(clip_sample=False, prediction_type="v_prediction")),
+        ("DDPMPipeline", DPMSolverMultistepScheduler(prediction_type="v_prediction")),
     ],
 )
 def test_images_are_those_of_the_pipeline_with_a_generator_for_each(
-    kind: type, scheduler: Any, num_steps: int, tmp_path: Path
+    kind: str, scheduler: Any, num_steps: int, tmp_path: Path
 ) -> None:
-    torch.manual_seed(1)
-    theirs = kind(UNet2DModel(**NETWORK), scheduler)
-    theirs.save_pretrained(tmp_path)
-    theirs.set_progress_bar_config(disable=True)
+    theirs = write_pipeline(tmp_path, scheduler, kind=kind)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
     expected = theirs(3, generator=generators, num_inference_steps=num_steps, output_type="np").images  # (3, H, W, C)
     pipeline = load_pipeline(tmp_path)
@@ -68,7 +46,7 @@ def test_images_are_those_of_the_pipeline_with_a_generator_for_each(
 
 
 def test_images_do_not_depend_on_the_others_of_the_batch(tmp_path: Path) -> None:
-    DDPMPipeline(UNet2DModel(**NETWORK), DDPMScheduler()).save_pretrained(tmp_path)
+    write_pipeline(tmp_path)
     pipeline = load_pipeline(tmp_path)
     plan = pipeline.scheduler.plan(5)
     noise = torch.stack([torch_noise(seed, plan, pipeline.image_shape) for seed in (1, 2)], dim=1)
