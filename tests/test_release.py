@@ -2,8 +2,11 @@
 
 import json
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -54,6 +57,24 @@ def test_package_is_marked_as_typed(package: str) -> None:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert "py.typed" in data[package]
     assert (ROOT / package / "py.typed").read_bytes() == b""
+
+
+def test_wheel_contains_every_file_of_the_packages(tmp_path: Path) -> None:
+    folders = ["app", "model", "scripts"]
+    listed = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, check=True, capture_output=True, text=True)
+    expected = {line for line in listed.stdout.splitlines() if Path(line).suffix not in ("", ".sh")}
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for line in expected:
+        (tmp_path / line).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / line, tmp_path / line)
+
+    build = "from setuptools import build_meta; build_meta.build_wheel('wheels')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+
+    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name for name in archive.namelist() if ".dist-info/" not in name} == expected
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=[path.stem for path in WORKFLOWS])
