@@ -65,6 +65,7 @@ async function useModel() {
   pad.use(model);
   mask.use(model);
   tasks.use(model);
+  if (model.num_classes === 1 && task === "recognize") find("#tab-denoise").click();
   find("#pad-hint").hidden = !pad.isEmpty;
 }
 

@@ -86,6 +86,7 @@ export function choose(name) {
   chosen = next;
   find("#model").value = name;
   document.body.classList.toggle("smooth", chosen.width > SMOOTH);
+  document.body.classList.toggle("one-class", chosen.num_classes === 1); // nothing to choose or recognise
   for (const each of document.querySelectorAll("[data-words]")) {
     const [ofDigits, ofOthers, ofLetters = ofOthers] = each.dataset.words.split("|");
     each.textContent = chosen.isDigits ? ofDigits : chosen.isAlphabet ? ofLetters : ofOthers;

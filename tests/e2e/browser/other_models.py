@@ -132,7 +132,7 @@ def _base64(png: bytes) -> str:
 
 def _result(chosen: Model, label: int, body: dict[str, Any]) -> dict[str, Any]:
     """Returns what the answers of all tasks have in common. The class `label` has 90%."""
-    probabilities = [0.1 / (chosen["num_classes"] - 1)] * chosen["num_classes"]
+    probabilities = [0.1 / max(1, chosen["num_classes"] - 1)] * chosen["num_classes"]
     probabilities[label] = 0.9
     return {
         "label": chosen["class_names"][label],

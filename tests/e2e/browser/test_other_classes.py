@@ -29,6 +29,7 @@ from tests.tiny import tiny_unet
 DIGIT_MODEL = model("default", DIGITS, (1, 28, 28))
 FEW_STEPS = model("fast", DIGITS, (1, 28, 28), steps=[4], default_steps=4, samplers=["ddim"], has_picture_tasks=False)
 MANY = model("many", [f"class number {label}, with a long name" for label in range(1000)], (3, 64, 64))
+ONE_CLASS = model("own", ["image"], (3, 32, 32), guidable=False)
 GREY = model("grey", ["shirt", "shoe"], (1, 8, 8))
 CANVAS = "canvas => Array.from(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data)"
 ADDRESS = "#/generate?label=1&count=4&seed=5&model=pictures"
@@ -374,3 +375,27 @@ def test_tasks_of_a_colour_model_are_those_of_the_api(colour_service: Service, o
     predicted = response.value.json()["images"][0]["png"]
     expect(page.locator("#forward-tiles img")).to_have_attribute("src", f"data:image/png;base64,{predicted}")
     assert open_png(base64.b64decode(predicted))[2] == "RGB"
+
+
+def test_page_of_a_model_with_one_class_offers_no_class_and_no_recognition(service: Service, open_page: Open) -> None:
+    page = open_page(service, FIRST_VISIT, prepare=serve(ONE_CLASS, COLOUR))
+    wait_until_finished(page)
+    expect(page.locator("#label-keys")).to_be_hidden()
+    sent = requests_to(page, "/generate")
+    page.locator("#generate-button").click()
+    wait_until_finished(page)
+    assert sent[0]["label"] == 0
+    page.get_by_role("link", name="Draw").click()
+    draw_seven(page)
+    assert page.get_by_role("tab").all_text_contents() == ["Remove noise", "Fill in", "Redraw"]
+    expect(page.get_by_role("tab", name="Remove noise")).to_have_attribute("aria-selected", "true")
+    page.get_by_role("tab", name="Redraw").click()
+    expect(page.locator("#edit-label")).to_be_hidden()
+    page.get_by_role("link", name="Understand").click()
+    expect(page.locator("#steps-run")).to_be_enabled()
+    for part in ("#decided", "#forward-label", "#guidance-label", "#steps-label"):
+        expect(page.locator(part)).to_be_hidden()
+    page.locator("#model").select_option("pictures")
+    expect(page.locator("#steps-label")).to_be_visible()
+    page.get_by_role("link", name="Draw").click()
+    expect(page.get_by_role("tab", name="Recognise")).to_be_visible()
