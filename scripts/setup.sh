@@ -76,7 +76,7 @@ install() {
   say "installing into $venv. This takes minutes if PyTorch is downloaded (CPU build: about 200 MB, CUDA build: several GB). Progress: tail -f $venv/pip.log"
   index=$(torch_index)
   if [[ -n $index ]]; then
-    if [[ $1 == dev ]]; then
+    if [[ -n $1 ]]; then # most extras need torchvision, and its build must match that of PyTorch
       name='torch(vision)?'
     fi
     mapfile -t torch < <(grep -oE "\"$name>=[^\"]+" -- "$root/pyproject.toml" | tr -d '"')

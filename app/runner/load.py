@@ -21,7 +21,7 @@ from model.pipelines.hub import hub_folder, is_hub_name
 from model.pipelines.model import PipelineModel
 from model.pipelines.step import cpu_threads
 
-NEEDS_DIFFUSERS = "Pipelines of diffusers need the extra `diffusers`: pip install -c constraints.txt -e '.[diffusers]'"
+NEEDS_DIFFUSERS = "Pipelines of diffusers need the extra `diffusers`: scripts/serve --install diffusers"
 
 
 def load_runner(settings: Settings) -> Runner:

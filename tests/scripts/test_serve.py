@@ -322,6 +322,11 @@ def test_torchvision_is_installed_from_unfog_torch_index(project: Project) -> No
     assert [requirement.split(">")[0] for requirement in project.installs[0][2:]] == ["torch", "torchvision"]
 
 
+def test_extra_gets_its_torchvision_from_the_index_of_pytorch(project: Project) -> None:
+    project.run("--install", "train", UNFOG_TORCH_INDEX="https://index.example/cpu")
+    assert [requirement.split(">")[0] for requirement in project.installs[0][2:]] == ["torch", "torchvision"]
+
+
 @pytest.fixture
 def without_gpu(project: Project) -> Project:
     project.remove_gpu()

@@ -187,7 +187,7 @@ def test_folder_without_the_extra_is_refused_with_the_line_that_installs_it(
         load_runner(Settings(models=f"own={tmp_path}"))
     assert str(raised.value) == (
         f"UNFOG_MODELS: {tmp_path} cannot be loaded. Pipelines of diffusers need the extra `diffusers`: "
-        "pip install -c constraints.txt -e '.[diffusers]'"
+        "scripts/serve --install diffusers"
     )
 
 
