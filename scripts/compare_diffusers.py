@@ -1,4 +1,4 @@
-"""Compares a pipeline of diffusers with its plan: `python -m scripts.compare_diffusers FOLDER`.
+"""Compares the images of a pipeline here and in diffusers: `python -m scripts.compare_diffusers FOLDER`.
 
 Both start from the same seed. The table has the largest difference of x_t, relative to its largest value if that is
 above 1: of each step from the x_t of diffusers, and of all steps so far. The last line compares the images as 8-bit

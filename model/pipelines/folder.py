@@ -107,9 +107,10 @@ def _files_of(folder: Path) -> _Files:
     of_network = folder / "unet" if (folder / "unet" / CONFIG).exists() else folder
     of_scheduler = folder / "scheduler" if (folder / "scheduler" / SCHEDULER).exists() else folder
     files = _Files(of_network / CONFIG, of_network / WEIGHTS, of_scheduler / SCHEDULER)
-    for path in (files.config, files.scheduler):
+    for part, path in (("unet", files.config), ("scheduler", files.scheduler)):
         if not path.exists():
-            raise CheckpointError(f"{folder} is not a pipeline of diffusers: it has no {path.name}")
+            missing = f"it has neither {part}/{path.name} nor {path.name}"
+            raise CheckpointError(f"{folder} is not a pipeline of diffusers: {missing}")
     if (parts := of_network / f"{WEIGHTS}.index.json").exists():  # diffusers would load other files than WEIGHTS
         raise CheckpointError(f"{parts} lists parts of the weights. Save the network again, in one file")
     if not files.weights.exists():

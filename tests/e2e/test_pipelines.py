@@ -182,7 +182,10 @@ def with_truncated_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without_scheduler, "is not a pipeline of diffusers: it has no scheduler_config.json"),
+        (
+            without_scheduler,
+            "is not a pipeline of diffusers: it has neither scheduler/scheduler_config.json nor scheduler_config.json",
+        ),
         (with_custom_code, "has code of its own, which is not executed"),
         (with_truncated_weights, "cannot be loaded"),
     ],

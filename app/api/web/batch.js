@@ -36,7 +36,6 @@ export function start() {
   });
 }
 
-/** Watches the batch while the view is open. */
 export async function open() {
   unwatch();
   const watching = new AbortController();

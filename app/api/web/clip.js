@@ -8,7 +8,6 @@ const MAX_IMAGES = 64; // of a request to /score
 
 export const digitPrompt = (digit) => `a handwritten digit ${DIGIT_WORDS[digit]}`;
 
-/** Returns true for a prompt that the service accepts. */
 export const isPrompt = (text) =>
   text.trim() !== "" && [...text].length <= MAX_PROMPT_LENGTH && text.isWellFormed();
 

@@ -38,7 +38,6 @@ export async function addRealDigits(root, model, choose) {
 }
 
 let readDrawing = async () => null;
-/** Returns the values of the drawing of the view Draw, or null. */
 export const drawingOf = () => readDrawing();
 export const setDrawingReader = (read) => {
   readDrawing = read;

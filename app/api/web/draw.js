@@ -65,7 +65,7 @@ async function useModel() {
   pad.use(model);
   mask.use(model);
   tasks.use(model);
-  if (model.num_classes === 1 && task === "recognize") find("#tab-denoise").click();
+  if (!model.hasClasses && task === "recognize") find("#tab-denoise").click();
   find("#pad-hint").hidden = !pad.isEmpty;
 }
 
@@ -98,7 +98,6 @@ function startTabs() {
   select(tabs[0]);
 }
 
-/** Shows the result of the task after a short pause. */
 function changed() {
   fitted = null;
   find("#pad-hint").hidden = !pad.isEmpty;

@@ -101,7 +101,6 @@ export async function open(parameters) {
   if (isComplete || !run) generate({ ...bodyOfForm(), ...wanted }, { isNew: false, isChosen: isComplete, note });
 }
 
-/** Returns the labels of a word in an address, or null. */
 function labelsOf(text, { class_names }) {
   if (!/^[0-9]{1,4}(\.[0-9]{1,4})*$/.test(text)) return null;
   const labels = text.split(".").map(Number);

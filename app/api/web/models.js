@@ -14,6 +14,7 @@ class Model {
     [this.channels, this.height, this.width] = facts.image_shape;
     this.end = facts.alpha_bar.length - 1; // the timestep of pure noise
     this.isDigits = String(facts.class_names) === "0,1,2,3,4,5,6,7,8,9";
+    this.hasClasses = facts.num_classes > 1; // otherwise there is nothing to choose or recognise
     this.hasKeys = facts.num_classes <= MOST_KEYS && facts.class_names.every((name) => name.length <= LONGEST_KEY);
     this.first = this.isDigits ? 7 : 0; // the label at first
     this.isAlphabet = !this.isDigits && facts.class_names.every((name) => [...name].length === 1); // the user writes a word
@@ -78,7 +79,6 @@ async function load() {
 /** Returns true if only the view Generate offers a choice. */
 export const areAlike = () => models.every((each) => each.isLike(models[0]));
 
-/** Chooses the model with this name, if there is one. */
 export function choose(name) {
   const next = models.find((each) => each.name === name);
   if (!next || next === chosen) return;
@@ -86,7 +86,7 @@ export function choose(name) {
   chosen = next;
   find("#model").value = name;
   document.body.classList.toggle("smooth", chosen.width > SMOOTH);
-  document.body.classList.toggle("one-class", chosen.num_classes === 1); // nothing to choose or recognise
+  document.body.classList.toggle("one-class", !chosen.hasClasses);
   for (const each of document.querySelectorAll("[data-words]")) {
     const [ofDigits, ofOthers, ofLetters = ofOthers] = each.dataset.words.split("|");
     each.textContent = chosen.isDigits ? ofDigits : chosen.isAlphabet ? ofLetters : ofOthers;

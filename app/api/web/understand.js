@@ -22,7 +22,7 @@ export async function open() {
     if (model === shown) return;
     shown = model;
     decided.end();
-    const isMeasured = model.has_picture_tasks && model.guidable && model.num_classes > 1;
+    const isMeasured = model.has_picture_tasks && model.guidable && model.hasClasses;
     find("#decided").hidden = !isMeasured;
     find("#predicts").hidden = !model.isDigits;
     for (const each of document.querySelectorAll(".end")) each.textContent = model.end;

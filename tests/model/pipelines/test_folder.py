@@ -204,10 +204,13 @@ def spoil_a_tensor(folder: Path) -> None:
     ("damage", "message"),
     [
         (shutil.rmtree, "is not a folder"),
-        (lambda folder: (folder / CONFIG).unlink(), "is not a pipeline of diffusers: it has no config.json"),
+        (
+            lambda folder: (folder / CONFIG).unlink(),
+            "is not a pipeline of diffusers: it has neither unet/config.json nor config.json",
+        ),
         (
             lambda folder: (folder / SCHEDULER).unlink(),
-            "is not a pipeline of diffusers: it has no scheduler_config.json",
+            "is not a pipeline of diffusers: it has neither scheduler/scheduler_config.json nor scheduler_config.json",
         ),
         (make_a_pipe_of_the_index, "model_index.json is not a file in"),
         (lambda folder: (folder / CONFIG).write_text("[]"), "is not a JSON object of at most 1 MiB"),
