@@ -84,10 +84,10 @@ def _run(writer: LogWriter, flags: Mapping[str, str], *, compile_only: bool) -> 
         else:
             _serve(settings)
     except SettingsError as error:  # It names the flag or the variable itself.
-        writer.put(f"unfog: {error}\n")
+        writer.put(f"unfog: {_as_typed(str(error))}\n")
         return 2
     except (StartError, RunnerError, TracesError) as error:
-        writer.put(f"unfog: {_name_flags(str(error), flags)}\n")
+        writer.put(f"unfog: {_as_typed(_name_flags(str(error), flags))}\n")
         return 2
     except GivenUpError as error:
         log.critical("%s", error)
@@ -116,6 +116,12 @@ def _name_flags(message: str, flags: Mapping[str, str]) -> str:
     for field in flags:
         message = re.sub(rf"\b{variable_of(field)}\b", flag_of(field), message)
     return message
+
+
+def _as_typed(message: str) -> str:
+    """Names the flag --model instead of --models if the command line has it."""
+    has_single = any(argument.partition("=")[0] == "--model" for argument in sys.argv)
+    return re.sub(r"--models\b", "--model", message) if has_single else message
 
 
 def _serve(settings: Settings) -> None:

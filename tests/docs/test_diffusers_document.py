@@ -45,6 +45,24 @@ def test_saturated_servers_differ_as_the_page_says() -> None:
         assert median("unfog", "50 steps", "p50") < median(other, "50 steps", "p50") / 0.95
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("pipeline", "unfog runs 97% of the network steps that LitServe runs"),
+        ("pipeline-two-rows", "unfog then ran only 93% of the network steps of LitServe"),
+    ],
+)
+def test_page_has_the_share_of_the_network_steps_of_litserve(name: str, text: str) -> None:
+    rows = json.loads((DOCS / f"results/benchmarks/zen5/{name}.json").read_text())["rows"]
+
+    def num_steps(server: str) -> int:
+        counts = [row["latencies"] for row in rows if row["contestant"].startswith(server) and "12" in row["load"]]
+        return sum(each["1 step"]["count"] + 50 * each["50 steps"]["count"] for each in counts)
+
+    assert f"{num_steps('unfog') / num_steps('pipeline-litserve'):.0%}" in text
+    assert text in (DOCS / "benchmarks.md").read_text()
+
+
 def test_table_of_differences_has_the_measured_values_within_the_promised_limits() -> None:
     text = (DOCS / "diffusers.md").read_text()
     for scheduler, variant, step, path, equal in json.loads((DOCS / "results/diffusers/parity.json").read_text()):
