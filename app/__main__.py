@@ -119,9 +119,10 @@ def _name_flags(message: str, flags: Mapping[str, str]) -> str:
 
 
 def _as_typed(message: str) -> str:
-    """Names the flag --model instead of --models if the command line has it."""
-    has_single = any(argument.partition("=")[0] == "--model" for argument in sys.argv)
-    return re.sub(r"--models\b", "--model", message) if has_single else message
+    """Names the flag --model instead of --models if the command line has only the former."""
+    flags = {argument.partition("=")[0] for argument in sys.argv}
+    is_single = "--model" in flags and "--models" not in flags
+    return re.sub(r"--models\b", "--model", message) if is_single else message
 
 
 def _serve(settings: Settings) -> None:

@@ -161,16 +161,27 @@ def test_error_names_the_flag_if_the_setting_was_a_flag(
     assert writer.lines == [f"unfog: {message}\n"]
 
 
-@pytest.mark.parametrize("error", [RunnerError("UNFOG_MODELS: no file"), SettingsError("--models: no path")])
-def test_error_names_the_flag_for_one_model_if_it_was_used(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RunnerError("UNFOG_MODELS: a text"), SettingsError("--models: a text")])
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["--model", "cats=folder"], "--model"),
+        (["--model=cats=folder"], "--model"),
+        (["--models", "cats=folder"], "--models"),
+        (["--models=dogs=other", "--model", "cats=folder"], "--models"),
+    ],
+)
+def test_error_names_the_flag_for_one_model_only_if_no_other_was_used(
+    error: Exception, arguments: list[str], flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(flags: object) -> None:
         raise error
 
     writer: Any = FakeWriter()
     monkeypatch.setattr(cli, "load_settings", fail)
-    monkeypatch.setattr("sys.argv", ["app", "--model", "cats=folder"])
+    monkeypatch.setattr("sys.argv", ["app", *arguments])
     assert cli._run(writer, {"models": "cats=folder"}, compile_only=False) == 2
-    assert writer.lines in (["unfog: --model: no file\n"], ["unfog: --model: no path\n"])
+    assert writer.lines == [f"unfog: {flag}: a text\n"]
 
 
 def test_error_about_a_variable_does_not_name_the_flag_of_the_same_setting(monkeypatch: pytest.MonkeyPatch) -> None:
