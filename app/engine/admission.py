@@ -11,6 +11,9 @@ Admission refuses a job with 429 in three cases:
   nevertheless admitted, as a reserved job, if the reserve will pay for it before its target (see reserve.py).
 - A reserved job would miss its target, because the new job makes the steps longer.
 
+A background job is refused only if the queue of the background jobs has no room (see background.py). All other rules
+are about interactive jobs.
+
 The bound only holds for full steps that take the rows in order, but normally row selection deviates from this to serve
 new and small jobs early (see batcher.py). Therefore `select` checks the slack of the backlog before each step, so that
 the admitted jobs still meet their targets. While the slack is positive, row selection may deviate. If it is negative, a
@@ -37,8 +40,10 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count as count_from
 
 from app import errors
+from app.engine.background import BackgroundSteps
 from app.engine.backlog import Backlog
 from app.engine.batch import Calls
 from app.engine.batcher import StepLimits, select_rows
@@ -84,11 +89,16 @@ class Admission:
     """Decides which jobs are admitted and which rows the next step has."""
 
     def __init__(self, capacity: int, max_batch: int | None) -> None:
-        """`capacity` is the maximum number of waiting images.
+        """`capacity` is the maximum number of waiting images, of interactive and of background jobs each.
 
         `max_batch` is the maximum number of rows of a step. If it is None, the number follows from the step times.
         """
-        self.backlog = Backlog(capacity)
+        numbers = count_from(1)
+        # The backlogs of the interactive and of the background jobs, and the one whose rows the last selection has.
+        self.backlog, self.background = Backlog(capacity, numbers), Backlog(capacity, numbers)
+        self.selected = self.backlog
+        self.background_steps = BackgroundSteps()
+        self._background_limits: tuple[StepLimits, int] | None = None  # limits and size of the last background step
         self.step_times = StepTimes({1: 1.0})
         self._max_batch = max_batch
         self._max_rows: int | None = None  # the limit after a memory shortage; None without a shortage
@@ -112,12 +122,16 @@ class Admission:
         self._limits.clear()
         self.reserve = Reserve(self._limits_for(DEFAULT_KIND).full.rate)
 
-    def calls(self) -> Calls:
-        """Returns the sizes of the calls of the next step, as `Batch.calls`."""
-        return self.backlog.batch.calls(self.backlog.step_kind())
+    @property
+    def next(self) -> Backlog:
+        """Returns the backlog whose rows take the next step: the background jobs wait for all interactive jobs.
+
+        This includes interactive jobs whose rows cannot take a step until their last results are known.
+        """
+        return self.backlog if self.backlog.jobs else self.background
 
     def observe(self, calls: Calls, seconds: float) -> None:
-        """Updates the slowdown after a step that took `seconds`. `calls` is the result of `calls()` before it."""
+        """Updates the slowdown after a step that took `seconds`. `calls` is the result of `Backlog.calls` before it."""
         self.step_times.observe(*calls, seconds)
 
     def admit(self, job: Job, now: float) -> None:
@@ -126,6 +140,11 @@ class Admission:
         The module docstring explains the rule.
         """
         backlog = self.backlog
+        if job.request.is_background:
+            self._admit_background(job)
+            return
+        self.background_steps.interactive_at = now
+        now = self.background_steps.start_of_bounds(self._full(backlog.bound_kind(job)).step_seconds, now)
         if job.request.timeout is None:
             job.set_timeout(self._default_timeout(job))
         if not self._has_room(backlog.waiting, backlog.waiting + backlog.running + backlog.extra_slots, job):
@@ -148,12 +167,15 @@ class Admission:
             self._slack = slack
 
     def select(self, now: float) -> list[Trajectory]:
-        """Makes the rows of the next step the batch of the backlog, and returns them."""
-        backlog = self.backlog
+        """Makes the rows of the next step the batch of their backlog, `selected`, and returns them."""
+        backlog = self.selected = self.next
         if not backlog.num_rows:
             return []
         self._recover(now)
-        limits, at_risk = self._limits_for(backlog.step_kind()), self._is_at_risk(now)
+        limits = self._limits_for(backlog.step_kind())
+        if backlog is self.background:
+            return self._select_background(limits, now)
+        self.background_steps.interactive_at, at_risk = now, self._is_at_risk(now)
         has_use = backlog.num_reserved or backlog.has_small_and_large
         paid = self._paid_rows() if at_risk and has_use else []
         if backlog.is_changed or self._selected_with != (limits, at_risk, paid):
@@ -170,6 +192,31 @@ class Admission:
         self._shortage_at = now
         self._limit_rows(max(1, self.max_batch // 2))
         log.warning("Out of device memory, batch size lowered", extra={"max_batch": self.max_batch})
+
+    def _admit_background(self, job: Job) -> None:
+        """Adds a job after all other background jobs, or raises Overloaded if their queue has no room.
+
+        The estimate and Retry-After assume that no interactive job arrives.
+        """
+        background, full = self.background, self._full(self.background.step_kind(job))
+        num_missing = background.waiting + job.request.count - background.capacity  # images without room
+        if num_missing > 0:
+            of_image = background.work / max(1, background.waiting + background.running)
+            raise errors.Overloaded(max(1, math.ceil(num_missing * of_image / full.rate)))
+        job.set_timeout(math.inf)  # jobs with equal targets are in order of arrival
+        job.estimate = Estimate(background.waiting, background.finish_seconds(job, full))
+        background.add(job)
+
+    def _select_background(self, limits: StepLimits, now: float) -> list[Trajectory]:
+        """Makes the rows of the next background step the batch of the background jobs, and returns them."""
+        background, steps = self.background, self.background_steps
+        size = steps.size(limits, now)
+        if background.is_changed or self._background_limits != (limits, size):
+            if not background.join(size, limits.rows):
+                background.replace_batch(steps.select(background.jobs, limits, now))
+            self._background_limits = limits, size
+        steps.begin(background.calls(), self.step_times, now)
+        return background.batch.rows
 
     def _default_timeout(self, job: Job) -> float:
         """Returns the timeout in seconds of a job whose request has none. It does not depend on the current speed."""
@@ -205,7 +252,7 @@ class Admission:
 
     def _keep_account(self, paid: list[Trajectory]) -> None:
         """Adds the income of the next step to the reserve, and subtracts its cost."""
-        seconds = self.step_times.measured_seconds(*self.calls())
+        seconds = self.step_times.measured_seconds(*self.backlog.calls())
         self.reserve.add_step(seconds)
         if paid:
             rate = self._limits_for(self.backlog.bound_kind()).full.rate

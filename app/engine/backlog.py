@@ -42,12 +42,13 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import count as count_from
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from app.engine.batch import Batch
+from app.engine.batch import Batch, Calls
 from app.engine.job import GUIDED_EVALUATIONS, RESERVE_SHARE, Job, Result, StepKind, Trajectory
 from app.engine.step_times import Throughput
 
@@ -71,8 +72,11 @@ class Backlog:
     targets are in order of arrival.
     """
 
-    def __init__(self, capacity: int) -> None:
-        """`capacity` is the maximum number of waiting images."""
+    def __init__(self, capacity: int, numbers: Iterator[int] | None = None) -> None:
+        """`capacity` is the maximum number of waiting images.
+
+        `numbers` yields the number of each new job. Backlogs can share it, so that their jobs have different numbers.
+        """
         self.capacity = capacity
         self.waiting = 0  # images that have not started their first step
         self.running = 0  # unfinished images that have started
@@ -85,7 +89,8 @@ class Backlog:
         self.is_changed = False  # True if other rows may have to be selected for the next step
         self._new_rows: dict[Trajectory, None] = {}  # rows that were added after the last selection, in order
         self._keys: list[tuple[float, int]] = []  # the key of each job of `jobs` (see _key_of)
-        self._num_added = 0
+        self._numbers = count_from(1) if numbers is None else numbers
+        self._last_number = 0  # the number of the newest job
         self._table = np.zeros((8, FIRST_PLACES))  # (rows, places)
         self._decreases: Array | None = None  # what a step subtracts from the table, (3, places); None if not known
         self._free = list(range(FIRST_PLACES))  # the places without a job
@@ -155,8 +160,8 @@ class Backlog:
     def add(self, job: Job, *, is_reserved: bool = False) -> None:
         """Inserts a job at its place in the order. The caller must have checked that the queue has room for it."""
         assert self.waiting + job.request.count <= self.capacity, "add() needs a job that fits into the queue"
-        self._num_added += 1
-        job.number, job.place, job.is_reserved = self._num_added, self._take_place(), is_reserved
+        job.number = self._last_number = next(self._numbers)
+        job.place, job.is_reserved = self._take_place(), is_reserved
         self.num_reserved += is_reserved
         key, count = _key_of(job), len(self.jobs)
         position = bisect_left(self._keys, key)
@@ -216,6 +221,10 @@ class Backlog:
         """Makes these rows the batch."""
         self.batch.replace(rows)
         self._selected()
+
+    def calls(self) -> Calls:
+        """Returns the sizes of the calls of the next step, as `Batch.calls`."""
+        return self.batch.calls(self.step_kind())
 
     def start_batch(self) -> list[Trajectory]:
         """Marks the rows of the batch as started. Returns those that had not started before.
@@ -358,7 +367,7 @@ class Backlog:
 
     def _work_before(self, job: Job) -> float:
         """Returns the work of the jobs that would come before a new job."""
-        position = bisect_left(self._keys, (job.target, self._num_added + 1))
+        position = bisect_left(self._keys, (job.target, self._last_number + 1))
         if position == len(self.jobs):
             return self.work
         return float(self._table[_WORK, self._order[:position]].sum())

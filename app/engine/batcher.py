@@ -24,6 +24,9 @@ Example without guidance: a full step has 16 evaluations, a short step 8. Job A 
 - When B is finished, steps have 16 rows of A.
 - If A comes first in the order and is at risk, steps have 16 rows of A, except for those steps that have the row of B
   and 7 rows of A.
+
+Background jobs (see background.py) have steps of their own, whose size depends on how long a new interactive job may
+have to wait for the end of such a step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,6 +43,11 @@ from app.engine.step_times import StepTimes, Throughput
 BEST_TOLERANCE = 0.05
 FULL_SLOWDOWN = 20.0
 SHARED_SLOWDOWN = 3.0  # the duration of a short step, in multiples of a step with a single image
+# A background step that is shared has at least 1 - SHARED_TOLERANCE of the rate of full steps.
+SHARED_TOLERANCE = 0.1
+# The longest duration of a background step with several evaluations, in seconds at the speed of warm-up. A full step of
+# a large network can take much longer on a CPU.
+BACKGROUND_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,12 @@ class StepLimits:
     # How many seconds longer the evaluations of a step take than in full steps: the maximum for steps that are not
     # smaller than a short one.
     loss: float
+    # The maximum number of evaluations in a background step: a full step, if it takes at most BACKGROUND_SECONDS.
+    background: int
+    # The same if interactive jobs share the engine with the background jobs, that is, if some ran a moment ago and the
+    # next one is likely to arrive during the step. It is the smallest measured batch whose rate is near that of full
+    # steps. Such steps delay the interactive jobs less, and the background jobs hardly become slower.
+    shared: int
 
     @classmethod
     def of(
@@ -66,8 +80,9 @@ class StepLimits:
         """Returns the limits of the steps of a kind. Each step makes one network call for each model.
 
         With `auto`, the size of a full step follows from the measured times, and `max_rows` is an upper limit if given.
-        Without `auto`, a full step has `max_rows` rows, each of which may be guided, and no step is short. A full step
-        has room for a guided row. If the widest row has more than 2 evaluations, it also has room for such a row.
+        Without `auto`, a full step has `max_rows` rows, each of which may be guided, and there are no smaller steps. A
+        full step has room for a guided row. If the widest row has more than 2 evaluations, it also has room for such a
+        row.
         """
         curve, widest_row = times.slowest(kind.models), kind.widest_row
         lone = curve.seconds(1)
@@ -86,7 +101,8 @@ class StepLimits:
         longest = tuple(seconds + calls for seconds in _longest_seconds(times, kind, most))
         rate = min(count / longest[count] for count in range(least, most + 1))
         loss = max(longest[count] - count / rate for count in range(short, most + 1))
-        return cls(most, rows, short, Throughput(rate, longest[most], lone), max(loss, 0.0))
+        background, shared = _background_sizes(longest, curve.rows, rate) if auto else (most, most)
+        return cls(most, rows, short, Throughput(rate, longest[most], lone), max(loss, 0.0), background, shared)
 
     def fits_first_round(self, size: int, evaluations: int) -> bool:
         """Returns True if the first round has room for a row of this size, after `evaluations` of other rows.
@@ -137,6 +153,20 @@ def _longest_seconds(times: StepTimes, kind: StepKind, most: int) -> list[float]
     rate, last_calls = curve.best_rate, max(1, len(kind.models)) * times.clip_seconds
     above = accumulate((measured - n / rate for n, measured in enumerate(seconds)), max)
     return [count / rate + more + last_calls for count, more in enumerate(above)]
+
+
+def _background_sizes(seconds: Sequence[float], measured: Sequence[int], rate: float) -> tuple[int, int]:
+    """Returns `background` and `shared` of StepLimits.
+
+    `seconds` has the durations of steps of 0 to a full step's evaluations, `measured` the numbers of evaluations that
+    were measured. `rate` is that of full steps.
+
+    Example: steps of 1, 8 and 32 evaluations were measured, and take 1 ms, 3.6 ms and 14.4 ms. A full step has 32. The
+    rate of a step of 8 is the same, so that a shared step has 8.
+    """
+    background = max((n for n in range(1, len(seconds)) if seconds[n] <= BACKGROUND_SECONDS), default=1)
+    near = (n for n in measured if n < background and n / seconds[n] >= (1 - SHARED_TOLERANCE) * rate)
+    return background, min(near, default=background)
 
 
 def select_rows(

@@ -18,7 +18,8 @@ Some values are read without the lock:
                     `step` without the lock
 
 Drain: `drain` refuses new jobs and returns a future that completes when all admitted jobs are answered. If this takes
-too long, the caller answers the remaining jobs with `give_up`.
+too long, the caller answers the remaining jobs with `give_up`. Background jobs (see background.py) could take hours, so
+that `drain` answers them at once. Their caller submits them again after a restart.
 
 Heartbeat: the thread stores the time before each step. `alive` is False if the last heartbeat is older than
 `watchdog_seconds`, which happens if a step or the idle work of the runner hangs. While the engine starts or waits for
@@ -34,6 +35,7 @@ from typing import NamedTuple
 
 from app import errors
 from app.engine.admission import Admission
+from app.engine.backlog import Backlog
 from app.engine.batch import Calls
 from app.engine.batch_feed import Batch, BatchFeed
 from app.engine.interface import ClipEmbedder, ModelInfo, StepRunner
@@ -64,17 +66,17 @@ class EngineState(StrEnum):
 
 
 class ImageCounts(NamedTuple):
-    """The numbers of unfinished images. Both are 0 if and only if all jobs are answered."""
+    """The numbers of unfinished images. Both are 0 if all jobs are answered."""
 
-    waiting: int  # images before their first step
-    running: int  # images between their first and last step
+    waiting: int  # images of interactive jobs before their first step
+    running: int  # images of all jobs between their first and last step
 
 
 class Step(NamedTuple):
     """The step that `select` has chosen."""
 
     rows: StepRows
-    calls: Calls  # see Admission.calls
+    calls: Calls  # see Backlog.calls
     started: list[Trajectory]  # the rows that take their first step
     selected_at: float  # a value of time.monotonic()
 
@@ -92,13 +94,13 @@ class Engine:
         self.device_memory: Callable[[], int] | None = None  # returns the bytes reserved on a GPU; set when ready
         self.ready: Future[None] = Future()  # completes after loading and warm-up, with their error if they failed
         self.beat: float | None = None  # the last heartbeat, a value of time.monotonic(); None without one
-        self.capacity = capacity  # the maximum number of waiting images
+        self.capacity = capacity  # the maximum number of waiting images, without those of background jobs
         self.feed = BatchFeed()
         self._watchdog_seconds, self._metrics = watchdog_seconds, metrics
         # The lock is reentrant, because the futures and listeners of a job are called while it is held.
         self._condition = threading.Condition(threading.RLock())
         self._admission = Admission(capacity, max_batch)
-        self._backlog = self._admission.backlog
+        self._backlog, self._background = self._admission.backlog, self._admission.background
         self._abandoned: list[Trajectory] = []  # rows of jobs that ended early; the thread frees their slots
         self._drained: Future[None] | None = None  # the future that drain() returns
         self._has_given_up = False
@@ -147,12 +149,13 @@ class Engine:
         """Admits all images of a job, or raises Overloaded, Starting, Draining or EngineFailed.
 
         `is_accepted` is True for a request that has waited for CLIP. It is also admitted during a drain, unless
-        `give_up` has answered all requests.
+        `give_up` has answered all requests, or the job is a background job.
         """
+        may_drain = is_accepted and not job.request.is_background
         if not self.alive:  # A step that hangs would keep the job waiting.
             raise errors.EngineFailed(RESTART_SECONDS)
         with self._condition:
-            if not (is_accepted and self._state is EngineState.DRAINING and not self._has_given_up):
+            if not (may_drain and self._state is EngineState.DRAINING and not self._has_given_up):
                 self._state.refuse_unless_ok()
             self._admission.admit(job, time.monotonic())
             job.timings.submitted_at_step = self._num_steps
@@ -167,13 +170,17 @@ class Engine:
             self._condition.notify()
 
     def drain(self) -> Future[None]:
-        """Refuses new jobs from now on. Returns a future that completes when all admitted jobs are answered."""
+        """Refuses new jobs from now on, and answers the background jobs with Draining.
+
+        Returns a future that completes when all admitted jobs are answered.
+        """
         with self._condition:
             if self._state is not EngineState.FAILED:
                 self._state = EngineState.DRAINING
             if not self._drained:
                 self._drained = Future()
                 self._drained.set_running_or_notify_cancel()  # A future that is running cannot be cancelled by callers.
+            self._end_all(list(self._background.jobs), errors.Draining(RESTART_SECONDS))
             self._complete_drain_if_idle()
             drained = self._drained
         self.feed.end(errors.Draining(RESTART_SECONDS))
@@ -184,13 +191,13 @@ class Engine:
         self.feed.end(error)
         with self._condition:
             self._has_given_up = True
-            self._end_all(error)
+            self._end_all(self._jobs(), error)
 
     def fail(self, error: BaseException) -> None:
         """Changes the state to `failed`, and answers all jobs with EngineFailed. If not ready, fails `ready`."""
         with self._condition:
             self._state = EngineState.FAILED
-            self._end_all(errors.EngineFailed(RESTART_SECONDS))
+            self._end_all(self._jobs(), errors.EngineFailed(RESTART_SECONDS))
         self.feed.end(errors.EngineFailed(RESTART_SECONDS))
         if not self.ready.done():
             self.ready.set_exception(error)
@@ -204,12 +211,17 @@ class Engine:
     def count_images(self) -> ImageCounts:
         """Returns the numbers of unfinished images."""
         with self._condition:
-            return ImageCounts(self._backlog.waiting, self._backlog.running)
+            return self._counts()
+
+    def full_step(self) -> int:
+        """Returns the present maximum number of rows of a step."""
+        with self._condition:
+            return self._admission.max_batch
 
     def publish_if_idle(self) -> None:
         """Publishes a batch without rows if the feed wants a batch and there are no jobs."""
         with self._condition:
-            if self.feed.is_wanted and not self._backlog.jobs:
+            if self.feed.is_wanted and not self._jobs():
                 self._publish(self._num_steps, ())
 
     def wait(self, seconds: float | None) -> bool:
@@ -230,7 +242,8 @@ class Engine:
             now = time.monotonic()
             if self._is_stopping or not self._admission.select(now):
                 return None
-            step = Step(self._backlog.batch.step_rows(), self._admission.calls(), self._backlog.start_batch(), now)
+            backlog = self._admission.selected
+            step = Step(backlog.batch.step_rows(), backlog.calls(), backlog.start_batch(), now)
             if self.feed.is_wanted:
                 self._publish(self._num_steps + 1, step.rows.trajectories)
             return step
@@ -250,7 +263,7 @@ class Engine:
     def advance(self) -> list[Trajectory]:
         """Adds the step to the progress of the rows. Returns the rows whose result must be read (see Backlog)."""
         with self._condition:
-            return self._backlog.advance()
+            return self._admission.selected.advance()
 
     def due(self) -> tuple[dict[Job, int], dict[Trajectory, int]]:
         """Returns the jobs with a preview that is due, and the rows with a frame that is due.
@@ -259,7 +272,7 @@ class Engine:
         second call at the same progress returns none.
         """
         with self._condition:
-            jobs = self._backlog.with_previews
+            jobs = self._admission.selected.with_previews
             steps = {job: job.steps_done // job.request.count for job in jobs if job.preview_due()}
             return steps, {row: number for job in jobs for row, number in job.frames_due()}
 
@@ -268,31 +281,41 @@ class Engine:
         with self._condition:
             for row, class_errors in results:
                 if not row.job.closed:
-                    self._backlog.add_errors(row, class_errors)
+                    self._backlog_of(row.job).add_errors(row, class_errors)
 
     def finish(self, results: Sequence[tuple[Trajectory, Result]]) -> list[Trajectory]:
         """Stores the results of rows, unless their jobs are answered. Returns the rows whose results it has stored."""
         with self._condition:
             finished = [(row, result) for row, result in results if not row.job.closed]
-            self._backlog.finish(finished)
+            for row, result in finished:
+                self._backlog_of(row.job).finish([(row, result)])
             self._complete_drain_if_idle()
             return [row for row, _ in finished]
 
     def _has_work(self) -> bool:
-        return bool(self._backlog.num_rows or self._abandoned or self._is_stopping)
+        return bool(self._admission.next.num_rows or self._abandoned or self._is_stopping)
 
     def _publish(self, step: int, selected: Sequence[Trajectory]) -> None:
         """Publishes the running rows. `selected` has the rows of this step."""
-        backlog = self._backlog
-        self.feed.publish(Batch.of(step, backlog.waiting, backlog.running, backlog.jobs, selected))
+        self.feed.publish(Batch.of(step, *self._counts(), self._jobs(), selected))
 
-    def _end_all(self, error: errors.UnfogError) -> None:
-        for job in list(self._backlog.jobs):
+    def _jobs(self) -> list[Job]:
+        """Returns all jobs. The background jobs come last."""
+        return [*self._backlog.jobs, *self._background.jobs]
+
+    def _backlog_of(self, job: Job) -> Backlog:
+        return self._background if job.request.is_background else self._backlog
+
+    def _counts(self) -> ImageCounts:
+        return ImageCounts(self._backlog.waiting, self._backlog.running + self._background.running)
+
+    def _end_all(self, jobs: Sequence[Job], error: errors.UnfogError) -> None:
+        for job in jobs:
             self._end(job, error)
 
     def _end(self, job: Job, error: Exception) -> None:
         """Answers a job with an error, unless it is answered."""
-        if not self._backlog.remove(job):
+        if not self._backlog_of(job).remove(job):
             return
         for is_started in job.images_started():
             self._metrics.cancelled.labels("running" if is_started else "waiting").inc()
@@ -301,5 +324,5 @@ class Engine:
         self._complete_drain_if_idle()
 
     def _complete_drain_if_idle(self) -> None:
-        if self._drained and not self._drained.done() and not self._backlog.jobs:
+        if self._drained and not self._drained.done() and not self._jobs():
             self._drained.set_result(None)

@@ -296,6 +296,8 @@ class JobRequest:
     _: KW_ONLY
     # Seconds from submission to deadline; an unfinished request is then answered with 504. None: the engine chooses.
     timeout: float | None = math.inf
+    # True if the job has no deadline and only takes steps while there are no other jobs (see background.py)
+    is_background: bool = False
     num_previews: int = 0  # number of Progress events to send
     listener: Listener | None = None
     guided_steps: StepSet = range(0)  # the steps that need a second evaluation
@@ -388,7 +390,7 @@ class Job:
         self.set_timeout(math.inf if request.timeout is None else request.timeout)
         self.estimate: Estimate | None = None  # set by admission
         self.place = -1  # place in the table of the backlog; -1 if the job is not in the backlog
-        self.number = 0  # position in the order of admission, from 1; set by the backlog
+        self.number = 0  # position in the order of admission of all jobs, from 1; set by the backlog
         # One image, or a recognition. A comparison of very many classes takes as long as many images.
         compared = request.comparison or (request.search and request.search.comparison)
         self.is_small = request.count == 1 and (not compared or compared.num_classes <= MOST_SMALL_CLASSES)

@@ -182,6 +182,8 @@ class StepLoop:
         if timings.started_at and job.request.search:
             return  # Only the search waited in the queue. The images of this job waited for the search.
         timings.started_at = timings.started_at or now
+        if job.request.is_background:
+            return  # These jobs may wait for hours, which says nothing about the wait of the others.
         num_images = job.request.count if job.request.search else num_rows
         self._metrics.queue_wait.observe(max(0.0, time.monotonic() - timings.submitted_at), num_images)
         self._metrics.admission_wait.observe(self._engine.num_steps - timings.submitted_at_step, num_images)

@@ -221,13 +221,13 @@ def opened(engine: EngineWithLoop) -> EngineWithLoop:
 
 
 def backlog_of(engine: Engine) -> Backlog:
-    """Returns the backlog of an engine. No other thread may use the engine meanwhile."""
+    """Returns the backlog of the interactive jobs of an engine. No other thread may use the engine meanwhile."""
     return engine._backlog
 
 
 def tick(engine: EngineWithLoop) -> None:
     """Runs one iteration of the engine's loop, unless its thread would wait for work."""
-    if backlog_of(engine).jobs or engine._abandoned:
+    if backlog_of(engine).jobs or engine._background.jobs or engine._abandoned:
         engine.loop._tick()
 
 

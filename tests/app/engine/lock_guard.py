@@ -12,20 +12,23 @@ READABLE |= {"_state", "_num_steps", "_is_stopping"}
 
 
 class LockGuard:
-    """Checks each use of an attribute of the engine, its admission, its backlog and the batch.
+    """Checks each use of an attribute of the engine, its admission, its backlogs and their batches.
 
-    `violations` has the names of the attributes that were used without the lock. The lists and dicts of the backlog are
+    `violations` has the names of the attributes that were used without the lock. The lists and dicts of a backlog are
     checked too, because code can keep a reference to them. Create it before the engine starts.
     """
 
     def __init__(self, engine: Engine) -> None:
-        admission, backlog = engine._admission, engine._backlog
+        admission = engine._admission
         self._is_owned: Callable[[], bool] = engine._condition._is_owned  # type: ignore[attr-defined]
         self.violations: set[str] = set()
-        backlog.jobs = self._container(list, "jobs", "__delitem__", "insert")
-        backlog.with_previews = self._container(dict, "with_previews", "__delitem__", "__setitem__", "items", "pop")
-        for each in (admission, backlog.batch, backlog):
-            self._watch(each)
+        for backlog in (engine._backlog, engine._background):
+            backlog.jobs = self._container(list, "jobs", "__delitem__", "insert")
+            backlog.with_previews = self._container(dict, "with_previews", "__delitem__", "__setitem__", "items", "pop")
+            for each in (backlog.batch, backlog):
+                self._watch(each)
+        self._watch(admission.background_steps)
+        self._watch(admission)
         self._watch(engine, readable=READABLE | USABLE, writable=USABLE)
 
     def _check(self, name: str) -> None:

@@ -214,9 +214,9 @@ def test_slowdown_is_computed_from_the_calls_of_all_models() -> None:
     jobs = admit_all(admission, job(4, guided_steps=range(10)), job(1, model="fast"))
     admission.backlog.replace_batch([row for each in jobs for row in each.unfinished])
     predicted = STEP_TIMES.step_seconds(8) + STEP_TIMES.step_seconds(1)
-    admission.observe(admission.calls(), predicted)
+    admission.observe(admission.backlog.calls(), predicted)
     assert admission.step_times.slowdown == pytest.approx(1.0)
-    admission.observe(admission.calls(), 2 * predicted)
+    admission.observe(admission.backlog.calls(), 2 * predicted)
     assert admission.step_times.slowdown == pytest.approx(2.0)
 
 

@@ -118,7 +118,7 @@ def test_number_of_function_calls_of_a_step_does_not_grow_with_the_number_of_row
         def step() -> None:
             admission.select(1.0)
             admission.backlog.start_batch()
-            admission.observe(admission.calls(), 1.0)
+            admission.observe(admission.backlog.calls(), 1.0)
             admission.backlog.advance()
 
         step()

@@ -76,7 +76,9 @@ def test_engine_holds_the_lock_while_rows_fail(seed: int) -> None:
     runner.on_step = runner.on_pixels = runner.on_errors = fail
     runner.not_finite = lambda row: choose.random() < 0.01
     jobs = [
-        choose.choice([new_job, new_search, new_recognised_search])(choose.randint(1, 4), choose.randint(1, 6))
+        choose.choice([new_job, new_search, new_recognised_search])(
+            choose.randint(1, 4), choose.randint(1, 6), is_background=choose.random() < 0.3
+        )
         for _ in range(30)
     ]
     for job in jobs:

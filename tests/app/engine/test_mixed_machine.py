@@ -1,7 +1,8 @@
 """Tests the engine with random sequences of jobs of all tasks, cancellations and failures.
 
-After each event, the counts of the backlog equal those of the unfinished rows, and no row of an answered job is
-stepped. At the end every job is answered once, with its own result, and the whole capacity is free again.
+After each event, the counts of the backlogs equal those of the unfinished rows, and no row of an answered job is
+stepped. Background jobs have steps only if there is no interactive job. At the end every job is answered once, with its
+own result, and the whole capacity is free again.
 """
 
 import math
@@ -81,6 +82,9 @@ class MixedMachine(RuleBasedStateMachine):
     def open(self) -> list[Job]:
         return [job for job in self.jobs if not job.closed]
 
+    def open_of(self, *, is_background: bool) -> list[Job]:
+        return [job for job in self.open if job.request.is_background == is_background]
+
     def heal(self) -> None:
         """Removes all failures."""
         self.runner.on_step = self.runner.on_errors = self.runner.on_pixels = self.check_rows
@@ -94,6 +98,8 @@ class MixedMachine(RuleBasedStateMachine):
         for row in rows:
             assert not row.job.closed
             assert row in row.job.unfinished
+        if any(row.job.request.is_background for row in rows):
+            assert not self.open_of(is_background=False)
 
     def before(self, act: Callable[[Rows], None]) -> Callable[[Rows], None]:
         def hook(rows: Rows) -> None:
@@ -110,13 +116,23 @@ class MixedMachine(RuleBasedStateMachine):
         num_pairs=st.integers(1, 12),
         is_guided=st.booleans(),
         timeout=st.sampled_from([math.inf, 1e6, 1e5]),
+        is_background=st.booleans(),
     )
     def submit(
-        self, task: str, count: int, num_steps: int, seed: int, num_pairs: int, is_guided: bool, timeout: float
+        self,
+        task: str,
+        count: int,
+        num_steps: int,
+        seed: int,
+        num_pairs: int,
+        is_guided: bool,
+        timeout: float,
+        is_background: bool,
     ) -> None:
-        fields = {"guided_steps": range(num_steps // 2) if is_guided else range(0), "timeout": timeout}
+        common = {"timeout": timeout, "is_background": is_background}
+        fields = {"guided_steps": range(num_steps // 2) if is_guided else range(0), **common}
         if task == RECOGNISE:
-            job = new_recognition(num_pairs, seed, timeout=timeout)
+            job = new_recognition(num_pairs, seed, **common)
         elif task == SEARCH:
             job = new_search(count, num_steps, seed, search_steps=num_pairs // 3 + 1, **fields)
         elif task == RECOGNISED_SEARCH:
@@ -131,7 +147,7 @@ class MixedMachine(RuleBasedStateMachine):
         try:
             self.engine.submit(job)
         except errors.Overloaded as refused:
-            assert self.open
+            assert self.open_of(is_background=is_background)
             assert refused.retry_after >= 1
         else:
             self.jobs.append(job)
@@ -227,22 +243,29 @@ class MixedMachine(RuleBasedStateMachine):
     @rule(often=st.integers(0, 9))
     def drain(self, often: int) -> None:
         if not often:
+            background = self.open_of(is_background=True)
             self.drained = self.engine.drain()
+            for job in background:
+                error = job.future.exception(timeout=0)
+                assert isinstance(error, errors.Draining)
+                self.ended[job] = error
 
     @invariant()
-    def backlog_equals_the_unfinished_rows(self) -> None:
-        backlog = backlog_of(self.engine)
-        rows = [row for job in self.open for row in job.unfinished]
-        assert set(backlog.jobs) == set(self.open)
-        images_waiting = sum(job.request.count for job in self.open if job.is_searching)
-        assert backlog.waiting == images_waiting + sum(not row.started for row in rows if not row.is_search)
-        assert backlog.running == sum(row.started for row in rows if not row.is_search)
-        assert backlog.work == sum(map(evaluations_left, self.open))
-        assert all(job.evaluations_left == evaluations_left(job) for job in self.open)
+    def backlogs_equal_the_unfinished_rows(self) -> None:
+        for backlog in (backlog_of(self.engine), self.engine._background):
+            jobs = self.open_of(is_background=backlog is self.engine._background)
+            rows = [row for job in jobs for row in job.unfinished]
+            assert set(backlog.jobs) == set(jobs)
+            images_waiting = sum(job.request.count for job in jobs if job.is_searching)
+            assert backlog.waiting == images_waiting + sum(not row.started for row in rows if not row.is_search)
+            assert backlog.running == sum(row.started for row in rows if not row.is_search)
+            assert backlog.work == sum(map(evaluations_left, jobs))
+            assert all(job.evaluations_left == evaluations_left(job) for job in jobs)
 
     @invariant()
     def waiting_images_never_exceed_the_capacity(self) -> None:
         assert self.engine.count_images().waiting <= CAPACITY
+        assert self.engine._background.waiting <= CAPACITY
 
     @invariant()
     def every_job_is_answered_once_and_with_its_own_result(self) -> None:
@@ -285,12 +308,12 @@ class MixedMachine(RuleBasedStateMachine):
             if not self.open:
                 break
             tick(self.engine)
-            self.backlog_equals_the_unfinished_rows()
+            self.backlogs_equal_the_unfinished_rows()
         tick(self.engine)
         assert not self.open
         self.every_job_is_answered_once_and_with_its_own_result()
-        backlog = backlog_of(self.engine)
-        assert (backlog.waiting, backlog.running, backlog.work) == (0, 0, 0)
+        for backlog in (backlog_of(self.engine), self.engine._background):
+            assert (backlog.waiting, backlog.running, backlog.work) == (0, 0, 0)
         assert not self.runner.held
         if not self.drained:
             self.engine.submit(new_job(CAPACITY))

@@ -120,9 +120,9 @@ class VirtualService:
 
     def step(self) -> list[Job]:
         """Runs one step. Returns the jobs that it finished."""
-        backlog = self.admission.backlog
         rows = self.admission.select(self.now)
         assert rows
+        backlog = self.admission.selected
         self.steps.append(rows)
         self.work.append((self.now, backlog.batch.size, sum(row.evaluations for row in rows if row.job.is_small)))
         calls, with_clip = Counter[str](), Counter[str]()
@@ -133,8 +133,9 @@ class VirtualService:
         clip_calls = sum(math.ceil(count / CALL_ROWS) for count in with_clip.values())
         seconds = sum(self.actual_times.of(model).seconds(count) for model, count in calls.items())
         seconds = (seconds + clip_calls * self.actual_times.clip_seconds) * self.noise() * self.slowness(self.now)
-        self.admission.observe(self.admission.calls(), seconds)
-        self.now += seconds
+        predicted = backlog.calls()
+        self.wait(seconds)
+        self.admission.observe(predicted, seconds)
         ended = backlog.advance()
         for row in ended:
             if row.comparison:
@@ -142,6 +143,14 @@ class VirtualService:
         done = [row for row in ended if not row.steps_left]
         backlog.finish([(row, image(0, row.index, row.step)) for row in done])
         return [job for job in dict.fromkeys(row.job for row in done) if not job.unfinished]
+
+    def wait(self, seconds: float) -> None:
+        """Waits for the end of a step."""
+        self.now += seconds
+
+    def idle(self) -> None:
+        """Waits for the next arrival."""
+        self.now = max(self.now, self.arrivals[0][0])
 
     def alone_seconds(self, client: Client) -> float:
         """Returns the time of a request of this client on an idle machine at the measured speed."""
@@ -171,7 +180,7 @@ class VirtualService:
                 self._answer(self.step())
                 self.result.num_steps += 1
             elif self.arrivals:
-                self.now = max(self.now, self.arrivals[0][0])
+                self.idle()
             else:
                 break
         self.result.seconds = self.now

@@ -13,6 +13,7 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.sampler import sample
 from model.spec import SAMPLERS, Guidance, Sampler
+from tests.app.fakes import new_engine, opened, tick
 from tests.app.runner.rows import (
     CPU,
     DTYPES,
@@ -197,3 +198,19 @@ def test_row_without_guidance_has_one_evaluation_per_step(loaded: Checkpoint) ->
     network = CountingNetwork(runner)
     draw(runner, rows_of(20, num_steps=4))
     assert network.rows == [20] * 4
+
+
+@DTYPES
+def test_background_images_have_the_same_pixels_beside_interactive_jobs(loaded: Checkpoint, dtype: torch.dtype) -> None:
+    runner, request = new_runner(loaded, dtype), JobRequest(Options(3, 1, 6, "ddpm", 1.0), 5)
+    engine = opened(new_engine(runner, max_batch=3))
+    background = Job(dataclasses.replace(request, is_background=True))
+    engine.submit(background)
+    interactive: list[Job] = []
+    while not background.closed:
+        tick(engine)
+        if len(interactive) < 3:
+            interactive.append(Job(request))
+            engine.submit(interactive[-1])
+    expected = draw(runner, Job(request).unfinished)
+    assert all(equal(job.future.result(0), expected) for job in (background, *interactive))
