@@ -17,12 +17,12 @@ ENV PATH=/opt/venv/bin:$PATH \
     PIP_PYTHON=/opt/venv/bin/python
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
-# Includes the extra `traces`, because compose passes UNFOG_TRACES to the service.
+# Includes the extras `traces` and `postgres`, because compose passes UNFOG_TRACES and UNFOG_DATABASE_URL to the service.
 # EXTRAS names further extras of pyproject.toml, separated by spaces. The extra `clip` needs torchvision. Its build must
 # match the build of PyTorch, so both come from the same source.
 ARG EXTRAS=
-RUN python -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; extras = project["optional-dependencies"]; found = [each for name in sys.argv[1:] for each in extras[name]]; own = [each for each in found if each.startswith(project["name"] + "[")]; own and sys.exit(f"EXTRAS needs {own[0]}, which is not on a package index. Name only extras of the service: clip"); print(*project["dependencies"], *found, sep="\n")' \
-      traces $EXTRAS > requirements.txt
+RUN python -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; extras = project["optional-dependencies"]; found = [each for name in sys.argv[1:] for each in extras[name]]; own = [each for each in found if each.startswith(project["name"] + "[")]; own and sys.exit(f"EXTRAS needs {own[0]}, which is not on a package index. Name only extras of the service: clip, parquet"); print(*project["dependencies"], *found, sep="\n")' \
+      traces postgres $EXTRAS > requirements.txt
 ARG TORCH_INDEX=
 # The tested minor version. PyPI's build needs an NVIDIA driver that supports its CUDA version.
 ARG TORCH_VERSION=2.13
@@ -69,7 +69,8 @@ RUN site=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 
 FROM $PYTHON AS runtime
 RUN useradd --uid 10001 --user-group --create-home --shell /usr/sbin/nologin unfog \
- && install --directory --owner unfog --group unfog /runs
+ && install --directory --owner unfog --group unfog /runs \
+ && install --directory --owner unfog --group unfog --mode 700 /var/lib/unfog
 COPY --from=trimmed /opt/venv /opt/venv
 COPY --from=trimmed /opt/unfog /opt/unfog
 COPY --from=trimmed /opt/code /opt/code
@@ -80,6 +81,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONSAFEPATH=1 \
     PYTHONUNBUFFERED=1 \
     UNFOG_CACHE_DIR=/opt/unfog \
+    UNFOG_DATA_DIR=/var/lib/unfog \
     UNFOG_HOST=0.0.0.0 \
     UNFOG_PORT=8000
 WORKDIR /home/unfog

@@ -70,6 +70,7 @@ def main() -> None:
 def _run(writer: LogWriter, flags: Mapping[str, str], *, compile_only: bool) -> int:
     """Runs the service, or only compiles, and returns the exit status."""
     from app.api.middleware.tracing import TracesError
+    from app.batches.database import DatabaseError
     from app.engine.interface import RunnerError
     from app.logs import capture_stderr, configure_logging
     from app.runner.load import load_runner
@@ -86,7 +87,7 @@ def _run(writer: LogWriter, flags: Mapping[str, str], *, compile_only: bool) -> 
     except SettingsError as error:  # It names the flag or the variable itself.
         writer.put(f"unfog: {_as_typed(str(error))}\n")
         return 2
-    except (StartError, RunnerError, TracesError) as error:
+    except (StartError, RunnerError, TracesError, DatabaseError) as error:
         writer.put(f"unfog: {_as_typed(_name_flags(str(error), flags))}\n")
         return 2
     except GivenUpError as error:

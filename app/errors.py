@@ -6,10 +6,12 @@ UnfogError
 ├── OriginNotAllowed      400  CORS preflight from an origin that is not in UNFOG_CORS_ORIGINS
 ├── Unauthorized          401  an API key is required and the request has none
 ├── Forbidden             403  the API key is invalid
-├── NotFound              404  no route has this path
+├── QuotaExceeded         403  the files of an API key would exceed a limit
+├── NotFound              404  no route has this path, or nothing with this id exists
 ├── MethodNotAllowed      405  the route does not support the method
 ├── NotAcceptable         406  the Accept header allows none of the available formats
 ├── RequestTimeout        408  the headers or the body did not arrive in time
+├── Conflict              409  the state of a batch does not permit the request
 ├── BodyTooLarge          413  the body exceeds UNFOG_MAX_BODY_BYTES or UNFOG_MAX_IMAGE_BYTES
 ├── UnsupportedMediaType  415  the route does not support the Content-Type
 ├── InvalidFields              lists the fields that are wrong
@@ -19,12 +21,14 @@ UnfogError
 ├── InternalError         500  a bug; the response has no details
 ├── NotAvailable          501  the service runs without the optional part that the route needs
 ├── DeadlineExceeded      504  the images were not finished before the deadline
+├── StorageFull           507  there is no room for files and results
 ├── HTTPError                  raised by the web framework; keeps its status
 └── Unavailable                has a Retry-After header
     ├── Overloaded        429  the queue is full or a deadline cannot be met
     ├── RateLimited       429  the caller exceeded its rate limit
     ├── Starting          503  the checkpoints are being loaded and warmed up
     ├── Draining          503  the service is shutting down
+    ├── StorageUnavailable 503  the database does not answer
     └── EngineFailed      503  the engine has failed; the service must be restarted
 """
 
@@ -93,6 +97,12 @@ class Forbidden(UnfogError):
     status, code, detail = 403, "forbidden", "The API key is invalid or has been removed"
 
 
+class QuotaExceeded(UnfogError):
+    """The files and results of an API key would exceed a limit of the settings."""
+
+    status, code = 403, "quota_exceeded"
+
+
 class OriginNotAllowed(UnfogError):
     status, code = 400, "origin_not_allowed"  # 400 is used, because 403 means an invalid API key
 
@@ -124,6 +134,12 @@ class NotAcceptable(UnfogError):
 
 class RequestTimeout(UnfogError):
     status, code, detail = 408, "request_timeout", "The request line and headers did not arrive in time"
+
+
+class Conflict(UnfogError):
+    """The state of a batch does not permit the request."""
+
+    status, code, detail = 409, "conflict", "The batch has ended"
 
 
 class BodyTooLarge(UnfogError):
@@ -182,6 +198,12 @@ class NotAvailable(UnfogError):
     """The service runs without an optional part. The detail says how the operator adds it."""
 
     status, code = 501, "not_available"
+
+
+class StorageFull(UnfogError):
+    """The disk or the database has no room for files and results."""
+
+    status, code, detail = 507, "storage_full", "There is no room for files and results. Delete files, or retry later"
 
 
 class DeadlineExceeded(UnfogError):
@@ -253,6 +275,12 @@ class Draining(Unavailable):
     """The service is shutting down and finishes only admitted requests."""
 
     status, code, detail = 503, "draining", "The service is shutting down"
+
+
+class StorageUnavailable(Unavailable):
+    """The database of files and batches does not answer."""
+
+    status, code, detail = 503, "storage_unavailable", "The database of files and batches does not answer"
 
 
 class EngineFailed(Unavailable):

@@ -14,6 +14,7 @@ from app.api.http.paths import ExactRoutes, Paths
 from app.api.http.problems import handle_errors
 from app.api.http.uploads import ImageReader
 from app.api.inference import routes as inference
+from app.api.line_requests import LineRequests
 from app.api.middleware.access_log import AccessLog
 from app.api.middleware.auth import Auth
 from app.api.middleware.cors import CORS, REQUEST_HEADERS, RESPONSE_HEADERS
@@ -23,6 +24,7 @@ from app.api.middleware.security_headers import SecurityHeaders
 from app.api.middleware.tracing import Traces
 from app.api.middleware.unread_body import UnreadBody
 from app.api.native import (
+    archives,
     batch,
     denoise,
     edit,
@@ -35,10 +37,19 @@ from app.api.native import (
     score,
 )
 from app.api.native.batch import BatchViewers
+from app.api.openai import batches, files
 from app.api.openai import images as openai
 from app.api.openai import models as openai_models
 from app.api.openapi import add_openapi
 from app.api.service import Service
+from app.batches.batches import Batches
+from app.batches.database import Database
+from app.batches.files import Files, Limits
+from app.batches.rates import Rates
+from app.batches.records import Line, LineAnswer
+from app.batches.runner import BatchRunner
+from app.batches.service import BatchService
+from app.batches.webhooks import WebhookSender, WebhookTargets
 from app.engine.engine import Engine, EngineState
 from app.engine.interface import StepRunner
 from app.engine.step_loop import StepLoop
@@ -60,13 +71,29 @@ WORK_ROUTERS = (
     openai.router,
     inference.router,
 )
+# The routes of these routers can be named in the lines of a batch.
+LINE_ROUTERS = (
+    generate.router,
+    recognize.router,
+    denoise.router,
+    inpaint.router,
+    edit.router,
+    reproduce.router,
+    score.router,
+    openai.router,
+)
 READ_ROUTERS = (models.router, batch.router, openai_models.router)
+BATCH_ROUTERS = (files.router, batches.router, archives.router)
 PROBE_ROUTERS = (monitoring.router, inference.open_router)  # their routes need no API key
+DAY_SECONDS = 24 * 3600
 STOP_SECONDS = 5.0  # time limit for the step that is running at shutdown
 
 
 def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None) -> FastAPI:
-    """Returns the ASGI application. `load` creates the runner. The default is `load_runner(settings)`."""
+    """Returns the ASGI application. `load` creates the runner. The default is `load_runner(settings)`.
+
+    Raises DatabaseError if the settings of the database cannot be used.
+    """
     meters = Metrics()
     engine = Engine(
         capacity=settings.queue_capacity,
@@ -74,7 +101,8 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         watchdog_seconds=settings.watchdog_seconds,
         metrics=meters,
     )
-    service = Service(settings, engine, meters, time.monotonic(), ImageReader(settings))
+    service = Service(settings, engine, meters, time.monotonic(), ImageReader(settings), _batch_service(settings))
+    lines = LineRequests(service, LINE_ROUTERS)
     loop = StepLoop(engine, load or (lambda: load_runner(settings)), meters, service.mailbox.deliver)
     traces = Traces() if settings.traces == "on" else None
     _watch(engine, meters)
@@ -83,8 +111,11 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loop.start()
-        yield
-        await _stop(service, loop, traces)
+        _start_batches(service, lines)
+        try:
+            yield
+        finally:
+            await _stop(service, loop, traces)
 
     app = FastAPI(
         title="unfog",
@@ -95,8 +126,8 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         docs_url=None,  # FastAPI's page loads scripts from a CDN. api/docs.py replaces it.
         redoc_url=None,
     )
-    app.state.service, app.state.viewers = service, BatchViewers(engine)
-    routers: list[APIRouter] = [*PROBE_ROUTERS, *WORK_ROUTERS, *READ_ROUTERS]
+    app.state.service, app.state.lines, app.state.viewers = service, lines, BatchViewers(engine)
+    routers: list[APIRouter] = [*PROBE_ROUTERS, *WORK_ROUTERS, *READ_ROUTERS, *BATCH_ROUTERS]
     web_pages = list[str]()
     probes = [route for router in PROBE_ROUTERS for route in router.routes]
     open_routes, open_files = [*app.routes, *probes], frozenset[str]()  # app.routes: /openapi.json
@@ -113,8 +144,8 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     app.router.routes.extend(route for router in routers for route in router.routes)
     app.router.routes.insert(0, ExactRoutes(app.router.routes))
     handle_errors(app, meters)
-    operations = [each for router in (*WORK_ROUTERS, *READ_ROUTERS, *PROBE_ROUTERS) for each in router.operations]
-    add_openapi(app, service, operations)
+    declared = (*WORK_ROUTERS, *READ_ROUTERS, *BATCH_ROUTERS, *PROBE_ROUTERS)
+    add_openapi(app, service, [each for router in declared for each in router.operations])
     access_log = AccessLog(meters, traces, paths=paths, quiet=Paths(probes))
     _add_middleware(app, settings, meters, access_log, Paths(open_routes, exact=open_files))
     app.add_middleware(SecurityHeaders, pages=web_pages)
@@ -125,6 +156,7 @@ async def _stop(service: Service, loop: StepLoop, traces: Traces | None) -> None
     """Ends all threads and the CLIP process. Unfinished requests are answered with 503."""
     engine = service.engine
     engine.drain()
+    await service.batches.stop()
     service.give_up(errors.Draining(1))
     service.pictures.close()
     service.animations.close()
@@ -145,13 +177,53 @@ def _add_middleware(
         app.add_middleware(
             CORS,
             allow_origins=settings.cors_origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=REQUEST_HEADERS,
             expose_headers=RESPONSE_HEADERS,
         )
     app.add_middleware(HeadAsGet)
     app.add_middleware(RequestContextMiddleware, metrics=meters, access_log=access_log)
     app.add_middleware(UnreadBody)
+
+
+def _batch_service(settings: Settings) -> BatchService:
+    """Returns the service of files and batches."""
+    url = settings.database_url
+    database = Database(settings.data_dir, url.get_secret_value() if url else None)
+    limits = Limits(
+        settings.max_files,
+        settings.max_file_bytes,
+        settings.max_stored_bytes,
+        settings.max_lines,
+        settings.file_days * DAY_SECONDS,
+    )
+    endpoints, targets = LineRequests.endpoints_of(LINE_ROUTERS), _webhook_targets(settings)
+    batches_of_all = Batches(database, limits, endpoints, targets.check, Rates())
+    return BatchService(database, Files(database, limits), batches_of_all)
+
+
+def _start_batches(service: Service, lines: LineRequests) -> None:
+    """Starts what answers the lines of batches and sends their webhooks."""
+    settings, batch_service = service.settings, service.batches
+    database, stored, secret = batch_service.database, batch_service.batches, settings.webhook_secret
+    sender = WebhookSender(database, _webhook_targets(settings), secret.get_secret_value() if secret else None)
+    engine, meters = service.engine, service.metrics
+
+    async def answer(line: Line) -> LineAnswer:
+        """Answers a line. Waits for the engine, because a refused line would be tried again only seconds later."""
+        if not engine.ready.done():
+            ready = asyncio.wrap_future(engine.ready)
+            ready.add_done_callback(lambda each: each.cancelled() or each.exception())  # The server reports it.
+            await asyncio.wait((ready,))
+        return await lines.answer(line)
+
+    runner = BatchRunner(database, stored, answer, engine.full_step, stored.rates, meters, sender.wake)
+    batch_service.start(runner, sender)
+
+
+def _webhook_targets(settings: Settings) -> WebhookTargets:
+    may_be_private, has_secret = settings.webhook_private == "on", settings.webhook_secret is not None
+    return WebhookTargets(settings.webhook_hosts, may_be_private, has_secret)
 
 
 def _watch(engine: Engine, meters: Metrics) -> None:
@@ -166,6 +238,8 @@ def _watch(engine: Engine, meters: Metrics) -> None:
     for route in Paths(*(router.routes for router in WORK_ROUTERS)).templates:
         for code in ("200", "429", "500", "503", "504"):
             meters.requests.labels(route, code)
+    for result in ("completed", "failed"):
+        meters.batch_lines.labels(result)
 
     def publish_models(ready: "Future[None]") -> None:
         if not ready.exception():

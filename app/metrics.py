@@ -73,6 +73,8 @@ class Metrics:
         self.batch_rows = self._one_thread_histogram(
             "batch_rows", "Batch size of a denoising step, in rows (images).", POWERS_OF_TWO
         )
+        self.batch_lines = self._counter("batch_lines", "Lines of batches answered, by result.", "result")
+        self.unfinished_batches = self._gauge("unfinished_batches", "Batches that have not ended.")
         self.encode_duration = self._one_thread_histogram(
             "encode_duration_seconds", "Seconds to encode the images of a response, or one event of a stream.", SECONDS
         )

@@ -1,5 +1,6 @@
 """Reads the settings once at the start: from command-line flags, UNFOG_* variables and secret files."""
 
+import base64
 import ipaddress
 import os
 import re
@@ -17,11 +18,13 @@ from model.spec import SHIPPED, SHIPPED_FAST, SHIPPED_MODELS
 
 PREFIX = "UNFOG_"
 KEYS_VARIABLE = "UNFOG_API_KEYS"
+SECRET_FIELDS = {"api_keys", "database_url", "webhook_secret"}  # an error does not show their values
 OFF = "off"
 ANY = "*"
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 _TOKEN = re.compile(r"[!-+\--~]+")  # printable ASCII without spaces and without the comma, which separates keys
 _MODEL_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}")
+_HOST = re.compile(r"(\*\.)?[0-9a-z]([0-9a-z.-]*[0-9a-z])?(:[0-9]{1,5})?|\[[0-9a-f:.]+\](:[0-9]{1,5})?")
 _RATE = re.compile(r"\s*([0-9]+)\s*(?:/|per)\s*([0-9]+)?\s*(second|minute|hour|day|month|year)s?\s*")
 _SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400, "month": 30 * 86_400, "year": 360 * 86_400}
 SECRETS = Path("/run/secrets")  # Docker mounts secrets here: the file unfog_api_keys sets UNFOG_API_KEYS
@@ -129,6 +132,41 @@ def _origins(value: Any) -> Any:
     return tuple(parts)
 
 
+def _hosts(value: Any) -> Any:
+    """Parses comma-separated hosts such as `example.com`, `*.example.com` or `example.com:8443`."""
+    if not isinstance(value, str):
+        return value
+    parts = [part.lower() for part in _parts(value)]
+    for part in parts:
+        if not _HOST.fullmatch(part):
+            raise ValueError(f"{part!r} is not a host. Use the form example.com, *.example.com or example.com:8443")
+    return tuple(parts)
+
+
+def _webhook_secret(value: SecretStr) -> SecretStr:
+    """Raises ValueError unless the value is a secret of Standard Webhooks. The message does not contain it."""
+    text = value.get_secret_value()
+    try:
+        key = base64.b64decode(text.removeprefix("whsec_"), validate=True)
+    except ValueError:  # also binascii.Error
+        key = b""
+    if not text.startswith("whsec_") or not 24 <= len(key) <= 64:
+        raise ValueError("must be whsec_ and 24 to 64 random bytes in base64")
+    return value
+
+
+def _database_url(value: SecretStr) -> SecretStr:
+    """Raises ValueError unless the value is the URL of a PostgreSQL database. The message does not contain it."""
+    if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+        raise ValueError("must have the form postgresql://USER:PASSWORD@HOST/NAME")
+    return value
+
+
+def default_data_dir() -> Path:
+    """Returns the folder `unfog` in $XDG_DATA_HOME or ~/.local/share."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "unfog"
+
+
 def _networks(value: Any) -> Any:
     """Parses comma-separated addresses and networks such as `10.0.0.0/8`, or `*`, which trusts every address."""
     if not isinstance(value, str):
@@ -177,6 +215,7 @@ RateLimits = Annotated[tuple[RateLimit, ...], NoDecode, BeforeValidator(_rate_li
 Models = Annotated[dict[str, Path], NoDecode, BeforeValidator(_models)]
 NullLabels = Annotated[dict[str, int], NoDecode, BeforeValidator(_null_labels)]
 Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_origins)]
+Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_hosts)]
 Networks = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_networks)]
 
 
@@ -288,6 +327,31 @@ class Settings(BaseSettings):
     docs: Literal["on", "off"] = "on"
     """on or off: serve /docs and /openapi.json, which need no API key. off: they answer 404, or 401 if API keys are set
     and the request has none (default: on)"""
+    data_dir: Path = Field(default_factory=default_data_dir)
+    """folder of the database with files, batches and their results, without UNFOG_DATABASE_URL. Only one process can
+    use it (default: unfog in $XDG_DATA_HOME or ~/.local/share)"""
+    database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = None
+    """PostgreSQL database of files, batches and their results, as postgresql://USER:PASSWORD@HOST/NAME. Services with
+    the same database share the work. Needs the extra `postgres`. Other users can see the flag in the process list, so
+    use the variable or a secret file (default: none, SQLite in UNFOG_DATA_DIR)"""
+    max_files: Count = 1000
+    """maximum number of uploaded files per API key (default: 1000)"""
+    max_file_bytes: Count = 200 * 1024 * 1024
+    """maximum size in bytes of an uploaded file (default: 209715200)"""
+    max_stored_bytes: Count = 10 * 1024**3
+    """maximum size in bytes of the files and results per API key. Beyond it, no file is uploaded and no batch is
+    created (default: 10737418240)"""
+    max_lines: Count = 50_000
+    """maximum number of lines in a batch (default: 50000)"""
+    file_days: Annotated[int, Field(ge=1, le=3650)] = 30
+    """days after which a file expires and is deleted, unless its upload or its batch says otherwise (default: 30)"""
+    webhook_hosts: Hosts = ()
+    """hosts to which webhooks of batches may be sent, such as example.com or *.example.com, separated by commas. Needs
+    UNFOG_WEBHOOK_SECRET (default: none)"""
+    webhook_secret: Annotated[SecretStr, AfterValidator(_webhook_secret)] | None = None
+    """secret that signs webhooks as in Standard Webhooks: whsec_ and 24 to 64 random bytes in base64 (default: none)"""
+    webhook_private: Literal["on", "off"] = "off"
+    """on or off: permit webhooks to private addresses and without TLS (default: off)"""
     page: Literal["on", "off"] = "on"
     """on or off: serve the web page at / and its files below /static/, which need no API key (default: on)"""
     traces: Literal["on", "off"] = "off"
@@ -350,7 +414,7 @@ def load_settings(flags: Mapping[str, str] | None = None) -> Settings:
         first = error.errors()[0]
         field, reason = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
         name = flag_of(field) if field in flags else variable_of(field)
-        value = "" if field == "api_keys" else f"={first['input']!r}"
+        value = "" if field in SECRET_FIELDS else f"={first['input']!r}"
         also = {"max_batch": ", or auto", "request_timeout": ", or auto", "give_up_seconds": ", or never"}.get(
             field, ""
         )

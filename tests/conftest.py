@@ -87,6 +87,15 @@ def temporary_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def temporary_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keeps files and batches of the tests out of the user's data folder. Subprocesses use the temporary one too."""
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a temporary folder that all test processes of this run share."""

@@ -208,15 +208,15 @@ def test_version_of_the_image_is_that_of_the_project() -> None:
 def test_image_installs_the_requirements_of_the_extras_of_its_build_argument() -> None:
     """Runs the Python program of the Dockerfile."""
     (program,) = re.findall(r"RUN python -c '(import sys, tomllib;.+?)'", DOCKERFILE, re.DOTALL)
-    assert "traces $EXTRAS > requirements.txt" in DOCKERFILE
+    assert "traces postgres $EXTRAS > requirements.txt" in DOCKERFILE
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for names in (["traces"], ["traces", "clip"]):
+    for names in (["traces", "postgres"], ["traces", "postgres", "clip", "parquet"]):
         command = [sys.executable, "-c", program, *names]
         printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
         assert printed == [*project["dependencies"], *(each for name in names for each in extras[name])]
     # pip would look for a package with the name of the project on the index.
-    refused = subprocess.run([sys.executable, "-c", program, "parquet"], cwd=ROOT, capture_output=True, text=True)
+    refused = subprocess.run([sys.executable, "-c", program, "tensorboard"], cwd=ROOT, capture_output=True, text=True)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "EXTRAS needs unfog[train], which is not on a package index" in refused.stderr
     assert any(

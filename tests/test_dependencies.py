@@ -15,7 +15,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 OWN = {"app", "model", "scripts"}
 # The extras that a module may import in addition to the dependencies. The first matching path prefix applies.
 MAY_USE = {
-    "app/": ["traces"],
+    "app/": ["parquet", "postgres", "traces"],
     "model/": ["clip"],
     "scripts/bench": ["train", "evaluate", "bench"],
     "scripts/": ["train", "evaluate", "clip", "diffusers", "parquet", "tensorboard"],

@@ -19,9 +19,10 @@ LAYERS = {
     "metrics": {"errors"},
     "engine": {"engine", "errors"},
     "settings": {"engine"},
+    "batches": {"batches", "errors", "metrics"},
     "runner": {"runner", "engine", "settings"},
     "tasks": {"tasks", "engine", "errors"},
-    "api": {"api", "tasks", "engine", "errors", "metrics", "settings"},
+    "api": {"api", "batches", "tasks", "engine", "errors", "metrics", "settings"},
     "server": {"server", "api", "engine", "errors", "logs", "metrics", "settings"},
 }
 # These modules, and packages with all their modules, do not import torch. Its import takes more than a second, which

@@ -47,10 +47,10 @@ def test_files_whose_tests_start_first_exist() -> None:
     assert [name for name in FIRST if not (ROOT / name).is_file()] == []
 
 
-def test_compose_passes_on_every_setting_except_host_port_and_cache_dir() -> None:
+def test_compose_passes_on_every_setting_except_host_port_and_folders() -> None:
     """A missing variable would have no effect although the operator sets it."""
     listed = set(re.findall(r"^      - (UNFOG_\w+)", (ROOT / "docker-compose.yml").read_text(), re.MULTILINE))
-    fixed = {"UNFOG_HOST", "UNFOG_PORT", "UNFOG_CACHE_DIR"}
+    fixed = {"UNFOG_HOST", "UNFOG_PORT", "UNFOG_CACHE_DIR", "UNFOG_DATA_DIR"}
     assert listed == {f"UNFOG_{field}".upper() for field in Settings.model_fields} - fixed
 
 

@@ -37,6 +37,7 @@ GROUPS = {  # name -> description, in the order of the document
     "Models": "What the served models can do.",
     "Operations": "The state of the service, its running images and its metrics.",
     "OpenAI": "The OpenAI Images API. Errors have its format.",
+    "Batches": "Large jobs: files of requests, and batches that answer them.",
     "Open Inference": "The Open Inference Protocol, for clients of Triton and KServe. Errors have its format.",
 }
 # The description of each status of an error. The error codes that it contains select the examples of the status.
@@ -79,7 +80,9 @@ ERRORS: tuple[UnfogError, ...] = (
     errors.MalformedRequest(),
     errors.Unauthorized(),
     errors.Forbidden(),
+    errors.QuotaExceeded("There are already 1000 files, the limit. Delete some of them first"),
     errors.RequestTimeout(f"The body did not arrive within {default_of('read_timeout'):g} s"),
+    errors.Conflict(),
     errors.Overloaded(4),
     errors.HeadersTooLarge(),
     errors.RateLimited(12),
@@ -88,7 +91,9 @@ ERRORS: tuple[UnfogError, ...] = (
     errors.Starting(10),
     errors.Draining(10),
     errors.EngineFailed(10),
+    errors.StorageUnavailable(5),
     errors.DeadlineExceeded(),
+    errors.StorageFull(),
 )
 
 

@@ -1,10 +1,11 @@
 """The service as the routes use it: submits tasks to the engine and to CLIP, waits for the results and encodes them."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Protocol, TypeVar
@@ -27,6 +28,7 @@ from app.api.http.events import MAX_SMALL_PIXELS, NO_STREAM, EventFormat, EventS
 from app.api.http.media_types import ANIMATIONS, EVENTS
 from app.api.http.requests import ClientGoneError, cancel_on_disconnect
 from app.api.http.uploads import ImageReader
+from app.batches.service import BatchService
 from app.engine.clip_worker import ClipWorker, Embedding, Scores
 from app.engine.engine import Engine
 from app.engine.interface import ClipInfo, ModelInfo
@@ -86,10 +88,12 @@ class Service:
     metrics: Metrics
     started_at: float
     pictures: ImageReader
+    batches: BatchService
     clip: ClipWorker = field(default_factory=ClipWorker)
     animations: AnimationEncoder = field(default_factory=AnimationEncoder)
     mailbox: Mailbox = field(default_factory=Mailbox)
     in_flight: InFlight = field(default_factory=InFlight)
+    line_of_clip: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by the line of a batch that uses CLIP
 
     @property
     def uptime_seconds(self) -> float:
@@ -149,8 +153,23 @@ class Service:
         """
         self.engine.apparent_state.refuse_unless_ok()
         future = self.clip.score(images, prompts, timeout)
-        context.answered.enter_context(self.in_flight.one())
+        self.count_in_flight(context)
         return future
+
+    def clip_turn(self, context: RequestContext) -> AbstractAsyncContextManager[object]:
+        """Waits until a request may use CLIP, which it does within the block.
+
+        Only lines of batches wait: at most one of them is in the queue of CLIP, so that other requests are in time.
+        """
+        return self.line_of_clip if context.is_background else nullcontext()
+
+    def count_in_flight(self, context: RequestContext) -> None:
+        """Counts a request as in flight until it is answered.
+
+        Lines of batches do not count, so that a drain does not wait for them. They are answered after the next start.
+        """
+        if not context.is_background:
+            context.answered.enter_context(self.in_flight.one())
 
     def give_up(self, error: errors.UnfogError) -> None:
         """Answers all unfinished requests with the error."""
@@ -167,22 +186,25 @@ class Service:
     ) -> Job:
         """Submits a task to the engine and returns the job. The request is then in flight.
 
-        Raises FieldError if a limit of the settings does not permit it, and Overloaded if it is not admitted now.
+        A line of a batch has no deadline. Raises FieldError if a limit of the settings does not permit the task, and
+        Overloaded if it is not admitted now.
         """
         self.check(task)
+        is_background = context.is_background
         request = replace(
             task.job,
-            timeout=task.job.timeout or self.settings.request_timeout,
+            timeout=math.inf if is_background else task.job.timeout or self.settings.request_timeout,
             num_previews=stream.num_previews,
             listener=listener,
             request_id=context.request_id,
             includes_x_t=stream.includes_x_t,
             frames=frames,
+            is_background=is_background,
         )
         job = Job(request)
         self.engine.submit(job, is_accepted=request.clip is not None)
         context.job, context.class_facts = job, task.class_facts
-        context.answered.enter_context(self.in_flight.one())
+        self.count_in_flight(context)
         return job
 
     def provenance(self, task: Task, job: Job) -> Provenance:
@@ -198,12 +220,13 @@ class Service:
         if not task.job.clip:  # A request that has waited for CLIP is also admitted during a drain.
             self.engine.apparent_state.refuse_unless_ok()
 
-    def timeout_of(self, requested: float | None) -> float:
+    def timeout_of(self, requested: float | None, context: RequestContext) -> float:
         """Returns the timeout in seconds of work that the engine does not do: embeddings of CLIP.
 
-        Raises FieldError if the requested one is too long.
+        It is infinite for a line of a batch. Raises FieldError if the requested one is too long.
         """
-        return self._check_timeout(requested) or self.settings.short_timeout
+        timeout = self._check_timeout(requested) or self.settings.short_timeout
+        return math.inf if context.is_background else timeout
 
     def _check_timeout(self, requested: float | None) -> float | None:
         """Returns the requested timeout. Raises FieldError if it is too long."""
@@ -223,22 +246,22 @@ async def guided_by_clip(request: Request, service: Service, task: Task) -> Task
     was not embedded before the deadline, ClientGoneError after a disconnect, and FieldError for a timeout that is too
     long.
     """
-    options, timeout = task.options, task.job.timeout
+    options, timeout, context = task.options, task.job.timeout, context_of(request.scope)
     if not options.clip_guidance_scale:
         return task
-    clip, deadline = service.clip_info, time.monotonic() + service.timeout_of(timeout)
+    clip, deadline = service.clip_info, time.monotonic() + service.timeout_of(timeout, context)
     service.engine.apparent_state.refuse_unless_ok()
     try:
-        async with asyncio.timeout(deadline - time.monotonic()):
+        async with asyncio.timeout(deadline - time.monotonic()), service.clip_turn(context):
             embedded = asyncio.wrap_future(service.clip.embed_prompts([options.clip_prompt]))
-            context_of(request.scope).answered.enter_context(service.in_flight.one())
+            service.count_in_flight(context)
             (text,) = await cancel_on_disconnect(request, embedded)
     except TimeoutError:
         raise errors.DeadlineExceeded from None
     warning = await _warning(service, task, text)
     task = with_clip(task, clip, text, service.engine.clip_evaluations, warning)
-    if not (timeout or service.settings.request_timeout):  # The engine chooses the timeout of the images.
-        return task
+    if context.is_background or not (timeout or service.settings.request_timeout):
+        return task  # The engine chooses the timeout of the images, or they have none.
     return replace(task, job=replace(task.job, timeout=max(deadline - time.monotonic(), MIN_TIMEOUT)))
 
 
@@ -323,9 +346,15 @@ async def _animation(request: Request, service: Service, task: Task, media_type:
 def event_stream(
     request: Request, service: Service, task: Task, stream: StreamOptions, answer_format: AnswerFormat
 ) -> EventStream:
-    """Submits a task and returns the stream of its events. Raises the errors of Service.submit."""
+    """Submits a task and returns the stream of its events.
+
+    Raises the errors of Service.submit, and FieldError for a line of a batch, whose answer is stored as a whole.
+    """
+    context = context_of(request.scope)
+    if context.is_background:
+        raise FieldError("stream", "A line of a batch cannot be answered with a stream. Omit this field")
     events = JobEvents(task.job.count * stream.images_per_preview, service.mailbox)
-    job = service.submit(task, context_of(request.scope), stream, events.put)
+    job = service.submit(task, context, stream, events.put)
     event_format = answer_format.events(task, partial(service.provenance, task, job))
     return EventStream(job, events, service.engine.cancel, event_format, service.metrics)
 

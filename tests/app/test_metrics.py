@@ -25,6 +25,8 @@ EVERY_METRIC = [
     ("step_duration", "unfog_denoise_step_duration_seconds", "histogram", ()),
     ("network", "unfog_network_seconds_total", "counter", ()),
     ("batch_rows", "unfog_batch_rows", "histogram", ()),
+    ("batch_lines", "unfog_batch_lines_total", "counter", ("result",)),
+    ("unfinished_batches", "unfog_unfinished_batches", "gauge", ()),
     ("encode_duration", "unfog_encode_duration_seconds", "histogram", ()),
     ("model_info", "unfog_model_info", "gauge", ("name", "sha256", "device", "dtype", "version")),
     ("log_lines_dropped", "unfog_log_lines_dropped_total", "counter", ()),

@@ -41,6 +41,15 @@ DEFAULTS = {
     "UNFOG_RATE_LIMIT": ("rate_limit", ()),  # off
     "UNFOG_CORS_ORIGINS": ("cors_origins", ()),
     "UNFOG_TRUSTED_PROXIES": ("trusted_proxies", ()),
+    "UNFOG_DATABASE_URL": ("database_url", None),  # SQLite
+    "UNFOG_MAX_FILES": ("max_files", 1000),
+    "UNFOG_MAX_FILE_BYTES": ("max_file_bytes", 200 * 2**20),
+    "UNFOG_MAX_STORED_BYTES": ("max_stored_bytes", 10 * 2**30),
+    "UNFOG_MAX_LINES": ("max_lines", 50_000),
+    "UNFOG_FILE_DAYS": ("file_days", 30),
+    "UNFOG_WEBHOOK_HOSTS": ("webhook_hosts", ()),
+    "UNFOG_WEBHOOK_SECRET": ("webhook_secret", None),
+    "UNFOG_WEBHOOK_PRIVATE": ("webhook_private", "off"),
     "UNFOG_DOCS": ("docs", "on"),
     "UNFOG_PAGE": ("page", "on"),
     "UNFOG_TRACES": ("traces", "off"),
@@ -65,7 +74,7 @@ def test_empty_variable_means_the_default(variable: str, monkeypatch: pytest.Mon
 
 
 def test_defaults_table_contains_every_setting() -> None:
-    assert {field for field, _ in DEFAULTS.values()} | {"cache_dir", "models", "null_labels"} == set(
+    assert {field for field, _ in DEFAULTS.values()} | {"cache_dir", "data_dir", "models", "null_labels"} == set(
         Settings.model_fields
     )
 
@@ -77,6 +86,39 @@ def test_description_states_the_default(field: str) -> None:
     assert stated
     if type(info.default) in (str, int, float):
         assert stated[1] == (f"{info.default:g}" if isinstance(info.default, float) else str(info.default))
+
+
+def test_default_data_folder_follows_the_xdg_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    assert load_settings().data_dir == tmp_path / ".local" / "share" / "unfog"
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "elsewhere"))
+    assert load_settings().data_dir == tmp_path / "elsewhere" / "unfog"
+
+
+def test_hosts_of_webhooks_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNFOG_WEBHOOK_HOSTS", "Example.com, *.example.org,[::1]:8443,10.0.0.1:80")
+    assert load_settings().webhook_hosts == ("example.com", "*.example.org", "[::1]:8443", "10.0.0.1:80")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("UNFOG_WEBHOOK_SECRET", "whsec_c2hvcnQ="),
+        ("UNFOG_WEBHOOK_SECRET", "hunter2-hunter2-hunter2-hunter2"),
+        ("UNFOG_WEBHOOK_SECRET", "whsec_not*base64*hunter2"),
+        ("UNFOG_DATABASE_URL", "mysql://user:hunter2@host/name"),
+        ("UNFOG_DATABASE_URL", "user:hunter2@host"),
+    ],
+)
+def test_error_about_a_secret_setting_does_not_show_it(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=variable) as raised:
+        load_settings()
+    assert value not in str(raised.value)
+    assert "hunter2" not in str(raised.value)
 
 
 def test_default_cache_folder_follows_the_xdg_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -237,6 +279,15 @@ INVALID = {
         "https://u@a.b",
     ],
     "UNFOG_TRUSTED_PROXIES": [",", "proxy", "10.0.0.1/8", "10.0.0.0/33", "*,10.0.0.0/8", "10.0.0.0/8, *", "*,*"],
+    "UNFOG_DATABASE_URL": ["mysql://user@host/name", "host/name", "sqlite:///file"],
+    "UNFOG_MAX_FILES": ["0", "many"],
+    "UNFOG_MAX_FILE_BYTES": ["0", "200MiB"],
+    "UNFOG_MAX_STORED_BYTES": ["0", "-1"],
+    "UNFOG_MAX_LINES": ["0", "1e5"],
+    "UNFOG_FILE_DAYS": ["0", "0.5", "3651"],
+    "UNFOG_WEBHOOK_HOSTS": ["https://example.com", "example.com/path", "*", "*.*.example.com", "a b", "x,,y"],
+    "UNFOG_WEBHOOK_SECRET": ["whsec_", "whsec_c2hvcnQ=", "secret", "whsec_not*base64"],
+    "UNFOG_WEBHOOK_PRIVATE": ["yes"],
     "UNFOG_DOCS": ["yes"],
     "UNFOG_PAGE": ["yes"],
     "UNFOG_TRACES": ["otlp"],

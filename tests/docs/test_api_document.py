@@ -461,7 +461,7 @@ def test_cors_section_names_the_headers_of_the_preflight_response() -> None:
         allowed = (await client.options("/generate", headers=preflight)).headers["access-control-allow-headers"]
         exposed = (await client.get("/health", headers={"Origin": ORIGIN})).headers["access-control-expose-headers"]
         always = {"Accept", "Accept-Language", "Content-Language"}  # browsers always allow these headers
-        assert {*codes(sent)} - {"GET", "POST"} == {*allowed.split(", ")} - always
+        assert {*codes(sent)} - {"GET", "POST", "DELETE"} == {*allowed.split(", ")} - always
         assert {*codes(read)} == {*exposed.split(", ")}
         rejected = await client.options("/generate", headers={**preflight, "Origin": "https://other.example"})
         assert (rejected.status_code, rejected.json()["code"]) == (400, "origin_not_allowed")

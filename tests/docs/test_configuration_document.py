@@ -63,6 +63,13 @@ def test_documented_default_equals_that_of_the_setting(
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setenv("HOME", str(tmp_path))
         assert load_settings().cache_dir == tmp_path / ".cache" / "unfog"
+    elif field == "data_dir":
+        assert default == "`unfog` in `$XDG_DATA_HOME` or in `~/.local/share`"
+        monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+        assert load_settings().data_dir == tmp_path / "unfog"
+        monkeypatch.delenv("XDG_DATA_HOME")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert load_settings().data_dir == tmp_path / ".local" / "share" / "unfog"
     elif codes(default):
         assert getattr(load_settings({field: default.strip("`")}), field) == getattr(load_settings(), field)
     else:  # the cell says in words that there is no default value

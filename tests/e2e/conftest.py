@@ -1,8 +1,12 @@
 """Fixtures: tiny checkpoints, and running services that use them."""
 
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
@@ -10,12 +14,19 @@ from model.checkpoint import CheckpointConfig, save
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
 from model.unet import UNet
+from tests.e2e.batch_client import Batches
 from tests.e2e.fork import can_fork
 from tests.e2e.process import Process
 from tests.e2e.service import Service
+from tests.postgresql import postgresql
 from tests.tiny import COMPILED, tiny_unet
 
+__all__ = ["postgresql"]
+
 Start = Callable[..., Service]
+StartBatches = Callable[..., Batches]
+Connect = Callable[..., Batches]
+JAVASCRIPT = Path(__file__).parent / "javascript"
 GUIDANCE = Guidance(scale=2.0, start=20, stop=80)
 
 
@@ -61,11 +72,52 @@ def start(checkpoint: Path) -> Iterator[Start]:
         yield start_with
 
 
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    """Returns a function that creates a client for the files and batches of a service."""
+    with ExitStack() as stack:
+
+        def connect_to(service: Service, key: str = "none", **options: Any) -> Batches:
+            return stack.enter_context(closing(Batches(service, key, **options)))
+
+        yield connect_to
+
+
+@pytest.fixture
+def start_batches(start: Start, connect: Connect) -> StartBatches:
+    """Returns a function that starts a service as `start` does, and creates a client."""
+    return lambda module="app", **variables: connect(start(module, **variables))
+
+
+@pytest.fixture(scope="session")
+def node_modules(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with the scripts and OpenAI's JavaScript client. Without --node-modules, npm installs it."""
+    if not shutil.which("node"):
+        pytest.skip("needs node")
+    folder = tmp_path_factory.mktemp("javascript")
+    for path in JAVASCRIPT.iterdir():
+        shutil.copy(path, folder)
+    installed: Path | None = request.config.getoption("--node-modules")
+    if installed:
+        (folder / "node_modules").symlink_to(installed.resolve(), target_is_directory=True)
+        return folder
+    if not shutil.which("npm"):
+        pytest.skip("needs npm, or --node-modules=FOLDER")
+    command = ["npm", "install", "--no-audit", "--no-fund", "--prefer-offline", "--ignore-scripts"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        pytest.skip(f"npm cannot install the client: {done.stderr[-500:]}")
+    return folder
+
+
 def start_service(stack: ExitStack, checkpoint: Path, module: str = "app", **variables: str) -> Service:
     """Starts a service and waits until it is ready. Closing the stack stops it.
 
-    `checkpoint` is not used if the variables name the models.
+    `checkpoint` is not used if the variables name the models. Without UNFOG_DATA_DIR, the service has its own folder
+    for files and batches, because only one process can use a folder.
     """
+    if "UNFOG_DATA_DIR" not in variables:
+        variables["UNFOG_DATA_DIR"] = stack.enter_context(TemporaryDirectory(prefix="unfog-data-"))
     if "UNFOG_MODELS" not in variables:
         variables["UNFOG_CHECKPOINT"] = str(checkpoint)
     process = Process(module, is_forked=can_fork(variables), **variables)

@@ -22,7 +22,8 @@ from tests.e2e.process import TIMEOUT
 
 INFER_PATH = "/v2/models/{name}/infer"
 PICTURES = ("image", "mask")
-OPENAI, GENERATE, REPRODUCE = "/v1/", "/generate", "/reproduce"
+OPENAI, GENERATE, REPRODUCE = "/v1/images/", "/generate", "/reproduce"
+FILES_PATH, BATCHES_PATH = "/v1/files", "/v1/batches"
 
 
 @schemathesis.hook
@@ -41,8 +42,8 @@ def before_load_schema(context: Any, raw_schema: dict[str, Any]) -> None:
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
-    if case.path == INFER_PATH and case.meta.generation.mode.is_positive:
-        repair_inference(case)
+    if case.meta.generation.mode.is_positive:
+        repair(case)
     if not isinstance(case.body, dict):
         return
     if case.path.startswith(OPENAI):
@@ -60,6 +61,35 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
     for name in PICTURES:
         if isinstance(case.body.get(name), str):
             case.body[name] = own_picture(case.operation.base_url) if case.path == REPRODUCE else example_of(case, name)
+
+
+def repair(case: Any) -> None:
+    """Makes a request valid whose schema permits more. Random ids of files and batches, for example, never exist."""
+    if case.path == INFER_PATH:
+        repair_inference(case)
+    url = case.operation.base_url.rstrip("/")
+    if "file" in case.path_parameters:
+        case.path_parameters["file"] = upload(url)
+    if "batch" in case.path_parameters:
+        case.path_parameters["batch"] = new_batch(url)
+    if case.path == BATCHES_PATH and case.method.upper() == "POST":
+        case.body = {**case.body, "input_file_id": upload(url), "endpoint": "/generate"}
+        case.body.pop("webhook_url", None)  # No host is permitted.
+    if case.path in (FILES_PATH, BATCHES_PATH) and case.query:
+        case.query.pop("after", None)
+
+
+def upload(url: str) -> str:
+    """Uploads a file with one line, and returns its id."""
+    line = b'{"custom_id": "a", "method": "POST", "url": "/generate", "body": {"digit": 7, "num_steps": 4}}'
+    answer = httpx.post(f"{url}{FILES_PATH}", data={"purpose": "batch"}, files={"file": line}, timeout=TIMEOUT)
+    return str(answer.raise_for_status().json()["id"])
+
+
+def new_batch(url: str) -> str:
+    """Creates a batch of one line, and returns its id."""
+    body = {"input_file_id": upload(url), "endpoint": "/generate", "completion_window": "24h"}
+    return str(httpx.post(f"{url}{BATCHES_PATH}", json=body, timeout=TIMEOUT).raise_for_status().json()["id"])
 
 
 def simplify_openai(body: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,7 +24,6 @@ from tests.e2e.faulty_service import fault_seed
 from tests.e2e.picture_requests import IMAGE, SIZE, Ask, encode
 from tests.e2e.service import INTERNAL_DETAILS, Service, open_png, pngs
 
-JAVASCRIPT = Path(__file__).parent / "javascript"
 KEYS = [f"a-key-of-some-length-{number}" for number in range(5)]
 MASK = mask()
 WHITE = 255 * (open_png(MASK)[0][..., 1] == 0)  # the same mask as /inpaint expects it
@@ -270,27 +268,6 @@ def test_error_in_a_stream_raises_api_error(slow: Service) -> None:
     ):
         list(stream)
     assert (failed.value.code, failed.value.type) == ("deadline_exceeded", "server_error")
-
-
-@pytest.fixture(scope="module")
-def node_modules(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder with the script and the JavaScript client of OpenAI. Without --node-modules, npm installs it."""
-    if not shutil.which("node"):
-        pytest.skip("needs node")
-    folder = tmp_path_factory.mktemp("javascript")
-    for path in JAVASCRIPT.iterdir():
-        shutil.copy(path, folder)
-    installed: Path | None = request.config.getoption("--node-modules")
-    if installed:
-        (folder / "node_modules").symlink_to(installed.resolve(), target_is_directory=True)
-        return folder
-    if not shutil.which("npm"):
-        pytest.skip("needs npm, or --node-modules=FOLDER")
-    command = ["npm", "install", "--no-audit", "--no-fund", "--prefer-offline", "--ignore-scripts"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
-    if done.returncode:
-        pytest.skip(f"npm cannot install the client: {done.stderr[-500:]}")
-    return folder
 
 
 def test_javascript_client_gets_the_same_images_and_errors(

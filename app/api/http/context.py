@@ -25,11 +25,13 @@ class RequestContext:
     request_id: str
     started_at: float = field(default_factory=time.monotonic)
     answered: ExitStack = field(default_factory=ExitStack)  # closed after the response or after a disconnect
+    is_background: bool = False  # True for a line of a batch, which has no deadline and no client that waits
     is_head: bool = False  # True if the method is HEAD: the client wants only the headers
     may_abort: bool = False  # True if a shutdown need not wait for a client that does not read the response
     status: int = 0  # 0 until the response starts
     outcome: str | None = None  # error code of the response or of a stream's error event
     key: int | None = None  # position of the caller's API key in UNFOG_API_KEYS, from 1
+    owner: str = ""  # of the caller's files and batches: a digest of the API key; empty without API keys
     job: Job | None = None
     # Returns the facts about the class of the job (see Task.class_facts).
     class_facts: Callable[[int | None], dict[str, Any]] | None = None

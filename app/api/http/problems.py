@@ -12,7 +12,7 @@ from starlette.types import Scope
 from app import errors
 from app.api.http.context import CLIENT_CLOSED_REQUEST, CLIENT_GONE, context_of
 from app.api.http.error_formats import format_of, place_of_fields
-from app.api.http.paths import DOCS_PATH, named_routes
+from app.api.http.paths import DOCS_PATH, methods_of, named_routes
 from app.api.http.requests import ClientGoneError
 from app.metrics import Metrics
 from app.tasks.names import nearest
@@ -32,15 +32,15 @@ def client_gone(scope: Scope) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-def _from_framework(error: HTTPException, path: str, routes: Mapping[str, str]) -> errors.UnfogError:
-    """Returns the error for an exception of the web framework. `routes` are those of `named_routes`."""
-    allow = (error.headers or {}).get("Allow")
-    if error.status_code == 405 and allow:
-        methods = {method.strip() for method in allow.split(",")}
+def _from_framework(error: HTTPException, path: str, app: FastAPI, named: Mapping[str, str]) -> errors.UnfogError:
+    """Returns the error for an exception of the web framework. `named` has the routes as in `named_routes`."""
+    if error.status_code == 405 and (allow := (error.headers or {}).get("Allow")):
+        # The framework names only the methods of one route.
+        methods = {method.strip() for method in allow.split(",")} | methods_of(path, app.routes)
         # HeadAsGet adds HEAD to every route that supports GET.
         return errors.MethodNotAllowed(", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set()))))
     if error.status_code == 404:
-        return errors.NotFound(_no_route(path, routes))
+        return errors.NotFound(_no_route(path, named))
     return errors.HTTPError(error.status_code, error.detail, error.headers)
 
 
@@ -56,7 +56,7 @@ def _no_route(path: str, routes: Mapping[str, str]) -> str:
 
 def handle_errors(app: FastAPI, metrics: Metrics) -> None:
     """Adds handlers that send responses for the errors of the routes and of the web framework."""
-    routes = named_routes(app.routes)
+    named = named_routes(app.routes)
 
     @app.exception_handler(errors.UnfogError)
     async def unfog_error(request: Request, error: errors.UnfogError) -> Response:
@@ -72,7 +72,7 @@ def handle_errors(app: FastAPI, metrics: Metrics) -> None:
     async def framework_error(request: Request, error: HTTPException) -> Response:
         if error.status_code < 400:
             return Response(status_code=error.status_code, headers=error.headers)
-        return error_response(_from_framework(error, request.scope["path"], routes), request.scope)
+        return error_response(_from_framework(error, request.scope["path"], app, named), request.scope)
 
     @app.exception_handler(RequestValidationError)
     async def invalid_query(request: Request, error: RequestValidationError) -> Response:

@@ -4,15 +4,18 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
+from types import NoneType
 from typing import Any, TypeVar, cast, get_args
 
 from fastapi import Request
+from multipart import parse_options_header
 from pydantic import BaseModel, ValidationError
 
 from app.errors import (
     BodyTooLarge,
     InvalidRequest,
     MalformedJSON,
+    MalformedRequest,
     RequestTimeout,
     UnsupportedMediaType,
 )
@@ -22,6 +25,7 @@ from app.tasks.names import nearest
 MAX_UNKNOWN_FIELDS = 32  # limit of unknown fields that an error lists; a body can have more
 NOT_AN_OBJECT = "Input should be an object"
 UNKNOWN_FIELD = "Unknown field"
+MAX_BOUNDARY = 70  # RFC 2046, section 5.1.1
 MAX_DIGITS = 400  # limit of digits of a JSON integer; a longer integer is parsed as a float
 
 T = TypeVar("T")
@@ -45,6 +49,15 @@ async def read_json(request: Request, schema: type[M], max_bytes: int, seconds: 
 def media_type_of(request: Request) -> str:
     """Returns the media type of the body in lower case, without parameters."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def boundary_of(request: Request) -> str:
+    """Returns the boundary of a multipart body. Raises MalformedRequest if Content-Type has no valid one."""
+    _, parameters = parse_options_header(request.headers["content-type"])
+    boundary: str = parameters.get("boundary", "")
+    if not 0 < len(boundary) <= MAX_BOUNDARY or not boundary.isascii():
+        raise MalformedRequest(f"Content-Type needs a boundary of 1 to {MAX_BOUNDARY} characters")
+    return boundary
 
 
 def check_single(request: Request, header: str) -> None:
@@ -73,10 +86,8 @@ async def read_body(
 
     Raises BodyTooLarge, or RequestTimeout after `seconds`.
     """
+    check_length(request, max_bytes)
     body = bytearray()
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and (len(declared) > MAX_DIGITS or int(declared) > max_bytes):
-        raise BodyTooLarge(max_bytes)
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
@@ -87,6 +98,13 @@ async def read_body(
     except TimeoutError:
         raise RequestTimeout(f"The body did not arrive within {seconds:g} s") from None
     return bytes(body)
+
+
+def check_length(request: Request, max_bytes: int) -> None:
+    """Raises BodyTooLarge if Content-Length exceeds the limit."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > MAX_DIGITS or int(declared) > max_bytes):
+        raise BodyTooLarge(max_bytes)
 
 
 def parse_json(body: bytes) -> Any:
@@ -139,6 +157,8 @@ def _fields_at(schema: type[BaseModel], location: Iterable[int | str]) -> Iterab
     kind: Any = schema
     for part in location:
         kind = get_args(kind)[0] if isinstance(part, int) else kind.model_fields[part].annotation
+        if NoneType in get_args(kind):  # The field can be null.
+            kind = get_args(kind)[0]
     return cast(type[BaseModel], kind).model_fields
 
 

@@ -7,22 +7,24 @@ therefore checked before it is parsed.
 
 import asyncio
 import binascii
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, TypeVar
 
 from fastapi import Request
-from multipart import MultipartError, ParserLimitReached, PushMultipartParser, parse_options_header
+from multipart import MultipartError, ParserLimitReached, PushMultipartParser
 from pydantic import BaseModel
 
 from app.api.http.client_address import client_name
 from app.api.http.context import context_of
 from app.api.http.media_types import JSON, MULTIPART
-from app.api.http.picture_queue import PictureQueue, Step
-from app.api.http.requests import cancel_on_disconnect, media_type_of, parse_json, read_body, validate
-from app.api.http.upload_memory import UploadMemory
+from app.api.http.picture_queue import NUM_WORKERS, PictureQueue, Step
+from app.api.http.requests import boundary_of, cancel_on_disconnect, media_type_of, parse_json, read_body, validate
+from app.api.http.upload_memory import Upload, UploadMemory
 from app.errors import (
     DeadlineExceeded,
     InvalidImage,
@@ -37,7 +39,6 @@ from app.tasks.sampling import TimedFields
 MAX_BODIES = 16  # limit for all bodies in memory together, as a multiple of the largest body
 MAX_PARTS = 32  # of a multipart body, without the elements of lists that have a limit in the schema
 MAX_PART_HEADER_BYTES = 1024
-MAX_BOUNDARY = 70  # RFC 2046, section 5.1.1
 MAX_TEXT_BYTES = 16 * 1024  # limit for a text field, and for a JSON body without the contents of its strings
 MAX_STRINGS = 256  # limit for the strings of a JSON body, including field names
 MAX_ESCAPES = 128 * 1024  # limit for backslashes in a JSON body; base64 in lines of 76 characters has 2% of them
@@ -80,6 +81,7 @@ class ImageReader:
         self._read_seconds, self._decode_seconds = settings.read_timeout, settings.short_timeout
         self._queue = PictureQueue()
         self._memory = UploadMemory(MAX_BODIES * settings.max_image_bytes)
+        self._lines = asyncio.Semaphore(NUM_WORKERS)  # lines of batches that are read at the same time
 
     async def read(
         self,
@@ -107,30 +109,46 @@ class ImageReader:
         InvalidImage, DeadlineExceeded or ClientGoneError.
         """
         parse = _parser_of(request, schema, lenient=lenient)
-        client = client_name(request.scope, context_of(request.scope).key)
-        with self._memory.hold(client) as upload:
+        seconds = math.inf if context_of(request.scope).is_background else self._decode_seconds
+        async with self._hold(request) as upload:
             bodies = [
                 await self._memory.receive(upload, partial(read_body, request, self._max_bytes, self._read_seconds))
             ]
             parsing = Step(OPENING + len(bodies[0]), partial(_parse, bodies, parse, schema, tuple(readers), check))
             try:
-                async with asyncio.timeout(self._decode_seconds) as deadline:
-                    return await cancel_on_disconnect(request, self._decode(parsing, readers, deadline))
+                async with asyncio.timeout(seconds) as deadline:
+                    return await cancel_on_disconnect(request, self._decode(parsing, readers, deadline, seconds))
             except TimeoutError:
                 raise DeadlineExceeded("The picture was not decoded before the deadline. Retry later") from None
+
+    @asynccontextmanager
+    async def _hold(self, request: Request) -> AsyncIterator[Upload]:
+        """Creates the body of a request. Its memory counts until the end of the block.
+
+        A line of a batch first waits until few other lines are read, so that they do not fill the queue.
+        """
+        context = context_of(request.scope)
+        async with self._lines if context.is_background else nullcontext():
+            with self._memory.hold(client_name(request.scope, context.key)) as upload:
+                yield upload
 
     async def _decode(
         self,
         parsing: Step[tuple[M, C, list[_File]]],
         readers: Mapping[str, Reader[C, T]],
         deadline: asyncio.Timeout,
+        seconds: float,
     ) -> tuple[C, dict[str, list[T]]]:
-        """Parses a body and decodes its pictures. Moves the deadline if the request has an earlier one."""
-        seconds, end = self._decode_seconds, deadline.when()
+        """Parses a body and decodes its pictures. Moves the deadline if the request has an earlier one.
+
+        The deadline is after `seconds`. If this is infinite, it is not moved.
+        """
+        end = deadline.when()
         assert end is not None, "decoding has a deadline"
         ((fields, checked, files),) = await asyncio.wrap_future(self._queue.submit([parsing], seconds))
-        if isinstance(fields, TimedFields) and fields.timeout_seconds and fields.timeout_seconds < seconds:
-            end += fields.timeout_seconds - seconds
+        requested = fields.timeout_seconds if isinstance(fields, TimedFields) else None
+        if requested and requested < seconds < math.inf:
+            end += requested - seconds
             deadline.reschedule(end)
         names = [file.field for file in files]
         steps = [Step(file.work, partial(_read, checked, file, readers[file.field])) for file in files]
@@ -159,10 +177,7 @@ def _parser_of(request: Request, schema: type[BaseModel], *, lenient: bool) -> P
         return _parse_json
     if media_type != MULTIPART:
         raise UnsupportedMediaType(f"Content-Type must be {JSON} or {MULTIPART}")
-    _, parameters = parse_options_header(request.headers["content-type"])
-    boundary = parameters.get("boundary", "")
-    if not 0 < len(boundary) <= MAX_BOUNDARY or not boundary.isascii():
-        raise MalformedRequest(f"Content-Type needs a boundary of 1 to {MAX_BOUNDARY} characters")
+    boundary = boundary_of(request)
     return lambda body: _parse_multipart(body, boundary, schema, lenient=lenient)
 
 

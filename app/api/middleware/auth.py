@@ -20,6 +20,8 @@ from app.errors import Forbidden, Unauthorized, UnfogError
 from app.metrics import Metrics
 from app.settings import RateLimit
 
+OWNER_DIGITS = 32
+
 
 class Keys:
     """The valid API keys. During a rotation, the old and the new key are valid."""
@@ -42,6 +44,13 @@ class Keys:
         if not any(matches):
             raise Forbidden
         return 1 + matches.index(True) % len(self._digests)
+
+    def owner_of(self, key: int | None) -> str:
+        """Returns the owner of the files and batches of a key: a digest, which is the same after a rotation of others.
+
+        Returns an empty string if auth is off.
+        """
+        return self._digests[key - 1].hex()[:OWNER_DIGITS] if key else ""
 
 
 class Auth:
@@ -79,7 +88,8 @@ class Auth:
         except UnfogError:
             self._limiter.hit(address_name(scope))
             raise
-        context_of(scope).key = key
+        context = context_of(scope)
+        context.key, context.owner = key, self._keys.owner_of(key)
         self._limiter.hit(client_name(scope, key))
 
 

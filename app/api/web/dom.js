@@ -32,6 +32,12 @@ export function duration(seconds) {
   return seconds < 100 ? `${seconds.toFixed(1)} s` : `${Math.round(seconds)} s`;
 }
 
+/** Returns a time in whole seconds, minutes or hours. */
+export function period(seconds) {
+  if (seconds < 120) return `${Math.ceil(seconds)} s`;
+  return seconds < 7200 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;
+}
+
 /** Returns a button that opens a menu. `items` are [text, action]. A null is left out. */
 export function menu(label, items) {
   const summary = element("summary", { class: "button" }, label);

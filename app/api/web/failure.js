@@ -17,6 +17,7 @@ const TITLES = {
   invalid_image: "The picture cannot be read",
   body_too_large: "The picture is too large",
   cancelled: "Cancelled",
+  storage_unavailable: "The database does not answer",
   not_available: "This service has no CLIP model",
 };
 const ADVICE = {
@@ -27,6 +28,7 @@ const ADVICE = {
   deadline_exceeded: "Ask for fewer images or fewer steps, or try again when the service is less busy.",
   unreachable: "Check that it is running and that you are online. Then try again.",
   interrupted: "The stream ended before the result was complete. Try again: the same seed gives the same images.",
+  storage_unavailable: "Batches continue when it answers again.",
   engine_failed: "The service must be restarted.",
   forbidden: "Check the key and try again.",
   unauthorized: "Try again and enter a key.",

@@ -18,7 +18,10 @@ let known = null; // the digests of the models when the page was opened
 /** Takes a sample now. Resolves when it was passed on. */
 export let sampleNow = async () => {};
 
-/** Calls `take({at, health, images, buckets})` for each sample from now on, and `take(null)` if there is no answer. */
+/**
+ * Calls `take({at, health, images, buckets, batches})` for each sample from now on, and `take(null)` if there is no
+ * answer.
+ */
 export function watchService(take) {
   let timer = null;
   let isBusy = false;
@@ -66,16 +69,21 @@ function showState(state) {
   shown = state;
 }
 
-/** Returns the number of images and the latency histogram of /generate from the Prometheus text format. */
+/**
+ * Returns the number of images and the latency histogram of /generate from the Prometheus text format, and a text that
+ * changes if a batch starts, continues or ends.
+ */
 function parseMetrics(text) {
   let images = 0;
+  let batches = "";
   const buckets = new Map();
   for (const line of text.split("\n")) {
     if (line.startsWith("unfog_images_total{")) images += Number(line.split(" ").at(-1));
+    if (/^unfog_(unfinished_batches|batch_lines_total)\b/.test(line)) batches += line;
     const match = /^unfog_request_duration_seconds_bucket\{(.*)\} (\S+)$/.exec(line);
     if (!match || !match[1].includes('route="/generate"')) continue;
     const limit = /le="([^"]+)"/.exec(match[1])[1];
     buckets.set(limit === "+Inf" ? Infinity : Number(limit), Number(match[2]));
   }
-  return { images, buckets };
+  return { images, buckets, batches };
 }

@@ -66,6 +66,11 @@ export async function json(path, body, signal) {
   return (await call(path, { body, signal })).json();
 }
 
+export const blobOf = (response) =>
+  response.blob().catch(() => {
+    throw new ServiceError(INTERRUPTED);
+  });
+
 /**
  * Does the same as `json`, but waits and tries again if the service is busy. `tell(seconds)` is called before each wait,
  * and `tell(0)` after it.
@@ -105,9 +110,15 @@ function connectionError(error) {
 async function errorOf(response) {
   const retryAfter = Number(response.headers.get("Retry-After")) || null;
   try {
-    return new ServiceError({ ...(await response.json()), retryAfter });
+    const answer = await response.json();
+    return new ServiceError({ ...(answer.error ? ofOpenai(response, answer.error) : answer), retryAfter });
   } catch {
     const detail = `The response has status ${response.status} and does not come from unfog. Check the proxy`;
     return new ServiceError({ status: response.status, code: "unknown", detail, retryAfter });
   }
 }
+
+/** Returns the fields of an error of a route below /v1, which has the format of OpenAI. */
+const ofOpenai = ({ status, headers }, { code, message }) => ({
+  status, code, detail: message, request_id: headers.get("X-Request-ID"),
+});

@@ -4,7 +4,7 @@ import { generateAddress } from "./address.js";
 import { download, element, find } from "./dom.js";
 import { className, modelOf } from "./models.js";
 import { bytesOf, jsonOf, textChunks, withText } from "./png.js";
-import { INTERRUPTED, ServiceError, call } from "./service.js";
+import { blobOf, call } from "./service.js";
 
 const FRAMES = 50; // of an animation
 const ANIMATION_WIDTH = 448; // pixels, at most
@@ -30,10 +30,7 @@ export async function saveAs(run, type) {
   const pixels = rowsOf(run) * run.columns * width * height * scale ** 2;
   const frames = Math.max(1, Math.min(FRAMES, Math.floor(MAX_PIXELS / pixels)));
   const answer = await call(`${run.path}?previews=${frames}`, { body: { ...run.body, scale }, accept: `${kind}/${type}` });
-  const file = await answer.blob().catch(() => {
-    throw new ServiceError(INTERRUPTED);
-  });
-  download(`${nameOf(run)}.${type}`, file);
+  download(`${nameOf(run)}.${type}`, await blobOf(answer));
 }
 
 /** Saves all images in one PNG file with a caption and with the text chunks of the images. */

@@ -1,7 +1,9 @@
-// The view "Status": the state of the service, its throughput and latency since the page was opened, and its models.
+// The view "Status": the state of the service, its throughput and latency since the page was opened, the batches of the
+// user, and the models.
 
+import * as batches from "./batches.js";
 import { lineChart } from "./chart.js";
-import { duration, element, find, plural } from "./dom.js";
+import { duration, element, find, period, plural } from "./dom.js";
 import { failureBox } from "./failure.js";
 import { sampleNow, watchService } from "./health.js";
 import { about } from "./models.js";
@@ -17,7 +19,9 @@ export function start() {
   watchService((sample) => {
     isReached = sample !== null;
     if (sample) samples = [...samples, sample].filter(({ at }) => sample.at - at <= 60 * MINUTES + 1);
-    if (!find("#status").hidden) showCharts();
+    if (find("#status").hidden) return;
+    showCharts();
+    if (sample) batches.notice(sample.batches);
   });
 }
 
@@ -29,8 +33,12 @@ export async function open() {
     find("#model-cards").replaceChildren(...models.map(modelCard));
   } catch (error) {
     find("#model-cards").replaceChildren(failureBox(error, open));
+    return;
   }
+  batches.open();
 }
+
+export const { close } = batches;
 
 function showCharts() {
   const last = samples.at(-1);
@@ -49,7 +57,7 @@ function showFigures({ status, device, dtype, compiled, queue, uptime_seconds, v
     ["Device", device ?? "…", `${dtype ?? ""}${compiled ? ", compiled" : ""}`],
     ["Running images", queue.running],
     ["Waiting images", queue.waiting, `of ${queue.capacity.toLocaleString("en")}`],
-    ["Uptime", uptime(uptime_seconds)],
+    ["Uptime", period(uptime_seconds)],
     ["Version", version],
   ];
   find("#status-figures").replaceChildren(
@@ -57,11 +65,6 @@ function showFigures({ status, device, dtype, compiled, queue, uptime_seconds, v
       element("div", {}, element("dt", {}, name), element("dd", {}, String(value), more ? element("small", {}, ` ${more}`) : null)),
     ),
   );
-}
-
-function uptime(seconds) {
-  if (seconds < 120) return duration(seconds);
-  return seconds < 7200 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;
 }
 
 /** Returns [minutes before now, value] for each sample, compared with the sample WINDOW places before it. */
@@ -82,7 +85,7 @@ function showLatency(last) {
   const peak = Math.max(0.1, ...points.map(([, value]) => value));
   const now = points.at(-1)?.[1];
   const watched = last.at - samples[0].at;
-  const none = watched ? `No request to /generate was answered in the last ${uptime(watched)}.` : "The median appears after the next request to /generate.";
+  const none = watched ? `No request to /generate was answered in the last ${period(watched)}.` : "The median appears after the next request to /generate.";
   show("#latency-chart", points, peak, duration, now === undefined ? none : `Median of the newest requests: about ${duration(now)}.`);
 }
 

@@ -41,6 +41,16 @@ OPENAI_PATHS = {  # path -> operation id
     "/v1/models": "list_models",
     "/v1/models/{model}": "get_model",
 }
+BATCH_IDS = {  # path -> operation ids by method
+    "/v1/files": {"post": "create_file", "get": "list_files"},
+    "/v1/files/{file}": {"get": "get_file", "delete": "delete_file"},
+    "/v1/files/{file}/content": {"get": "get_file_content"},
+    "/v1/batches": {"post": "create_batch", "get": "list_batches"},
+    "/v1/batches/{batch}": {"get": "get_batch"},
+    "/v1/batches/{batch}/cancel": {"post": "cancel_batch"},
+    "/batches/{batch}/images.zip": {"get": "get_batch_zip"},
+    "/batches/{batch}/images.parquet": {"get": "get_batch_parquet"},
+}
 COMMITTED = Path(__file__).parents[3] / "docs" / "openapi.json"
 
 
@@ -68,7 +78,7 @@ def test_every_reference_has_a_schema() -> None:
 def test_document_contains_every_route() -> None:
     monitoring = {"/health", "/livez", "/readyz", "/startupz", "/metrics"}
     paths = {*POST_PATHS, "/models", "/events/batch", *monitoring, *INFERENCE_IDS}
-    assert set(document()["paths"]) == paths | OPENAI_PATHS.keys()
+    assert set(document()["paths"]) == paths | OPENAI_PATHS.keys() | BATCH_IDS.keys()
 
 
 def test_every_route_is_in_a_group_with_a_description_and_generate_is_first() -> None:
@@ -173,8 +183,12 @@ def examples_of(content: dict[str, Any]) -> list[Any]:
 
 
 def test_each_route_has_its_operation_id() -> None:
-    ids = {path: operation["operationId"] for path, operation in operations(document())}
-    assert ids == {
+    ids = {
+        path: {method: operation["operationId"] for method, operation in methods.items()}
+        for path, methods in document()["paths"].items()
+    }
+    assert {path: ids.pop(path) for path in BATCH_IDS} == BATCH_IDS
+    assert {path: operation_id for path, of_path in ids.items() for operation_id in of_path.values()} == {
         **{path: path[1:] for path in POST_PATHS},
         "/events/batch": "watch_batch",
         **INFERENCE_IDS,
@@ -189,7 +203,7 @@ def test_every_text_body_has_valid_examples() -> None:
     for place, media_type, content in described(served):
         found = examples_of(content)
         binary = ("image/png", "image/webp", "image/gif", "application/zip", "application/octet-stream")
-        assert found or media_type in binary, (place, media_type)
+        assert found or media_type in (*binary, "application/vnd.apache.parquet"), (place, media_type)
         for example in found:
             assert is_valid(served, content["schema"], example), (place, example)
         num_examples += len(found)

@@ -15,7 +15,7 @@ MEDIA_TYPES = {
     "png": "image/png",
     "svg": "image/svg+xml",
 }
-MAX_CODE_BYTES = 185_000
+MAX_CODE_BYTES = 196_000
 
 
 def addresses_in(text: str) -> set[str]:

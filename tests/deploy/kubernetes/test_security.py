@@ -87,7 +87,7 @@ def test_pod_has_the_user_of_the_image_and_writes_only_to_emptydirs(manifests: l
     user = spec["securityContext"]
     assert f"USER {user['runAsUser']}:{user['runAsGroup']}\n" in dockerfile
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
-    folders = {"tmp": "/tmp"} | ({"kernels": "/opt/unfog/gpu"} if overlay == "gpu" else {})
+    folders = {"tmp": "/tmp", "batches": "/var/lib/unfog"} | ({"kernels": "/opt/unfog/gpu"} if overlay == "gpu" else {})
     assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]} == folders
     assert {volume["name"] for volume in spec["volumes"]} == set(folders)
     assert all(volume["emptyDir"]["sizeLimit"] for volume in spec["volumes"])

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import BaseRoute, Match, Route
 
-from app.api.http.paths import ExactRoutes, Paths
+from app.api.http.paths import ExactRoutes, Paths, methods_of, named_routes
 
 router, other = APIRouter(), APIRouter()
 for path in ("/health", "/v2", "/v2/models/{name}", "/v2/models/{name}/ready", "/static/{name}"):
@@ -96,6 +96,7 @@ def test_exact_routes_do_not_change_the_answers() -> None:
     assert answers == asyncio.run(answers_of(routes))
     # The framework redirects /same/ to /same.
     assert [status for status, _, _ in answers] == [200, 200, 405, 405, 200, 200, 200, 307, 404, 404]
+    assert [text.split()[0] for _, text, _ in answers[:2]] == ["GET", "POST"]
 
 
 def test_exact_routes_match_only_paths_of_routes_without_parameters() -> None:
@@ -107,3 +108,13 @@ def test_exact_routes_match_only_paths_of_routes_without_parameters() -> None:
     exact = ExactRoutes(routes)
     assert exact.matches({"type": "http", "method": "GET", "path": "/a"})[0] is Match.FULL
     assert exact.matches({"type": "http", "method": "GET", "path": "/b"})[0] is Match.NONE
+
+
+def test_methods_of_a_path_are_those_of_all_its_routes() -> None:
+    routes = APIRouter()
+    for method, path in (("GET", "/files"), ("POST", "/files"), ("GET", "/files/{file}"), ("DELETE", "/files/{file}")):
+        routes.add_api_route(path, lambda: None, methods=[method])
+    assert methods_of("/files", routes.routes) == {"GET", "POST"}
+    assert methods_of("/files/a", routes.routes) == {"GET", "DELETE"}
+    assert methods_of("/files/a/b", routes.routes) == set()
+    assert named_routes(routes.routes) == {"/files": "GET, POST /files", "/files/{file}": "DELETE, GET /files/{file}"}

@@ -89,6 +89,8 @@ def detail_of(path: str, **settings: str) -> str:
         ("/model", "GET /models"),
         ("/v1/image/generations", "POST /v1/images/generations"),
         ("/v2/models/default/inferr", "POST /v2/models/{name}/infer"),
+        ("/v1/file", "GET, POST /v1/files"),
+        ("/v1/batche", "GET, POST /v1/batches"),
     ],
 )
 def test_unknown_path_is_answered_with_the_most_similar_route(path: str, intended: str) -> None:
@@ -110,9 +112,27 @@ def test_framework_response_without_a_body_keeps_its_status() -> None:
     assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", '"a"')
 
 
-def test_allow_header_lists_head_if_get_is_supported() -> None:
-    assert response_to(HTTPException(405, headers={"Allow": "POST, GET"})).headers["allow"] == "GET, HEAD, POST"
-    assert response_to(HTTPException(405, headers={"Allow": "POST"})).headers["allow"] == "POST"
+ALLOWED = {
+    "/health": "GET, HEAD",
+    "/generate": "POST",
+    "/v1/files": "GET, HEAD, POST",
+    "/v1/files/file-1": "DELETE, GET, HEAD",
+    "/v1/files/file-1/content": "GET, HEAD",
+    "/v1/batches": "GET, HEAD, POST",
+    "/v1/batches/batch_1": "GET, HEAD",
+    "/v1/batches/batch_1/cancel": "POST",
+}
+
+
+@pytest.mark.parametrize("path", ALLOWED)
+def test_allow_header_lists_the_methods_of_all_routes_with_the_path(path: str) -> None:
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(Settings(), FakeRunner))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request("PATCH", path)
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.headers["allow"]) == (405, ALLOWED[path])
 
 
 def test_head_has_the_headers_of_get_and_no_body() -> None:

@@ -1,0 +1,231 @@
+"""The database of files and batches: SQLite in a folder, or PostgreSQL.
+
+SQLite writes ahead (WAL), so that readers and the writer do not wait for each other, and each commit is on the disk
+when it returns (`synchronous=FULL`). A lock on the folder keeps a second process out, which would otherwise take the
+lines of the first one for those of a dead process. With PostgreSQL, several processes share the work.
+
+All methods of the modules of this package that use a connection block. The event loop calls them with `run`.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, Engine, make_url
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+
+from app.batches.tables import metadata
+from app.errors import StorageFull, StorageUnavailable
+
+log = logging.getLogger(__name__)
+
+FILE = "batches.db"
+THREADS = 4  # of the pool; each uses at most one connection
+RETRY_SECONDS = 5  # Retry-After while the database does not answer
+IDLE_SECONDS = 10  # after which PostgreSQL ends a transaction whose process does nothing
+CONNECT_SECONDS = 5
+# For PostgreSQL. A server that is gone without a word would otherwise block a thread for many minutes.
+CONNECTION = {
+    "connect_timeout": CONNECT_SECONDS,
+    "keepalives_idle": 10,  # seconds
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+    "tcp_user_timeout": 20_000,  # milliseconds
+}
+BUSY_SECONDS = 30  # how long a writer of SQLite waits for another one
+# The errors that mean that there is no room: the text of SQLite, and the SQLSTATE of PostgreSQL (disk_full).
+FULL, FULL_STATE = "database or disk is full", "53100"
+SCHEMA_LOCK = 7_238_461  # of PostgreSQL, so that two processes do not create the tables at the same time
+
+MISSING_DRIVER = "UNFOG_DATABASE_URL needs the extra `postgres`. Install it with: pip install 'unfog[postgres]'"
+
+T = TypeVar("T")
+
+
+class DatabaseError(Exception):
+    """The settings of the database cannot be used. The message is one sentence for the operator."""
+
+
+class Database:
+    """The connections to the database. Any thread may use it."""
+
+    def __init__(self, folder: Path, url: str | None = None) -> None:
+        """`url` is that of a PostgreSQL database. Without it, the database is a SQLite file in `folder`.
+
+        Raises DatabaseError if the driver of PostgreSQL is needed and not installed.
+        """
+        if url and not find_spec("psycopg"):
+            raise DatabaseError(MISSING_DRIVER)
+        self.worker = secrets.token_hex(16)  # identifies this process in the tables
+        self.is_shared = url is not None  # True if other processes can use the database
+        self._folder, self._url = folder, url
+        self._engine: Engine | None = None
+        self._lock_file: int | None = None
+        self._open_lock = threading.Lock()
+        self._write_lock = threading.Lock()  # SQLite has one writer; a thread that waits here needs no retries
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="database")
+
+    @property
+    def exists(self) -> bool:
+        """Returns True if there can be batches that an earlier process has left."""
+        return self.is_shared or (self._folder / FILE).exists()
+
+    def open(self) -> Engine:
+        """Returns the engine of SQLAlchemy. The first call connects and creates the tables.
+
+        Raises StorageUnavailable if the database does not answer or its folder cannot be used.
+        """
+        with self._open_lock:
+            if self._engine is None:
+                engine = self._postgresql() if self._url else self._sqlite()
+                try:
+                    with _translated(), engine.begin() as connection:
+                        if self._url:
+                            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(SCHEMA_LOCK)))
+                        metadata.create_all(connection)
+                except BaseException:
+                    engine.dispose()
+                    self._unlock()
+                    raise
+                self._engine = engine
+            return self._engine
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """Yields a connection whose transaction sees one state of the database."""
+        with _translated(), self.open().connect() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """Yields a connection with a transaction that is committed at the end, or rolled back after an exception."""
+        engine = self.open()
+        with (
+            contextlib.nullcontext() if self.is_shared else self._write_lock,
+            _translated(),
+            engine.connect().execution_options(unfog_writes=True) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Calls the function in a thread of the pool, and returns its result.
+
+        If the task is cancelled, it first waits for the function, so that nothing changes the database afterwards.
+        """
+        future = asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *arguments))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):  # anyio cancels again and again
+                    await asyncio.wait([future])
+            raise
+
+    async def stream(self, blocks: Iterator[T]) -> AsyncGenerator[T]:
+        """Yields the values of an iterator. Each of them is computed in a thread of the pool."""
+        end: Any = object()
+        try:
+            while (block := await self.run(next, blocks, end)) is not end:
+                yield block
+        finally:
+            if isinstance(blocks, Generator):
+                await self.run(blocks.close)
+
+    def close(self) -> None:
+        """Closes the connections. Waits for the work in the pool."""
+        self._pool.shutdown(cancel_futures=True)
+        with self._open_lock:
+            if self._engine:
+                self._engine.dispose()
+                self._engine = None
+            self._unlock()
+
+    def _postgresql(self) -> Engine:
+        assert self._url
+        engine = sa.create_engine(
+            make_url(self._url).set(drivername="postgresql+psycopg"),
+            pool_size=THREADS,
+            max_overflow=THREADS,
+            pool_pre_ping=True,
+            connect_args=CONNECTION,
+        )
+        event.listen(engine, "connect", _configure_postgresql)
+        return engine
+
+    def _sqlite(self) -> Engine:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock_file = os.open(self._folder, os.O_RDONLY)
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._unlock()
+            is_used = isinstance(error, BlockingIOError)
+            reason = "another process uses it" if is_used else error.strerror
+            log.error("UNFOG_DATA_DIR cannot be used", extra={"folder": str(self._folder), "reason": reason})
+            raise StorageUnavailable(RETRY_SECONDS) from error
+        engine = sa.create_engine(
+            f"sqlite+pysqlite:///{self._folder / FILE}",
+            pool_size=THREADS,
+            max_overflow=THREADS,
+            connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False},
+        )
+        event.listen(engine, "connect", _configure_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+        return engine
+
+    def _unlock(self) -> None:
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
+
+
+def _configure_postgresql(connection: Any, _: Any) -> None:
+    """Configures a new connection. A process that is paused within a transaction would keep its locks."""
+    connection.execute(f"SET idle_in_transaction_session_timeout = {1000 * IDLE_SECONDS}")
+    connection.commit()
+
+
+def _configure_sqlite(connection: Any, _: Any) -> None:
+    """Configures a new connection. SQLAlchemy begins the transactions (see _begin_sqlite), and not the driver."""
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=OFF"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    """Begins a transaction. One that writes takes the lock at once: a later upgrade could fail."""
+    writes = connection.get_execution_options().get("unfog_writes")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Raises StorageFull or StorageUnavailable instead of the errors of SQLAlchemy, except IntegrityError."""
+    try:
+        yield
+    except IntegrityError:
+        raise
+    except DBAPIError as error:
+        state = getattr(error.orig, "sqlstate", None)
+        if state == FULL_STATE or FULL in str(error.orig):
+            log.warning("The database is full", extra={"error": str(error.orig)})
+            raise StorageFull from error
+        log.warning("The database does not answer", extra={"error": str(error.orig)})
+        raise StorageUnavailable(RETRY_SECONDS) from error
+    except SQLAlchemyError as error:  # such as a timeout of the pool
+        log.warning("The database does not answer", extra={"error": str(error)})
+        raise StorageUnavailable(RETRY_SECONDS) from error

@@ -1,0 +1,293 @@
+"""The runner: answers the lines of batches in the background. It has four loops in the event loop of the service.
+
+    watch   records that this worker is alive, finds batches that are new, cancelled or expired, and ends them
+    check   validates new batches, one after the other
+    feed    claims waiting lines and starts their answers
+    store   stores answers, as many as there are in one transaction
+
+Feed keeps so many lines in progress that the engine always has rows for two full steps. Batches share this fairly: each
+has an equal part of the lines in progress, and the next line is that of the batch for which the fewest network
+evaluations were computed. A new batch begins with the smallest number of evaluations of the others.
+
+If the database does not answer or is full, the answers wait, no further line is started, and the runner tries again. If
+the process is killed, the lines that it has claimed are taken back: at the next start with SQLite, or by another worker
+after LEASE_SECONDS. They get the same seeds, and therefore the same images.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from app.batches.batches import LEASE_SECONDS, ActiveBatch, Batches
+from app.batches.database import RETRY_SECONDS, Database
+from app.batches.lines import num_images_of
+from app.batches.rates import Rates
+from app.batches.records import BatchStatus, Line, LineAnswer
+from app.errors import InternalError, StorageFull, StorageUnavailable
+from app.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+WATCH_SECONDS = LEASE_SECONDS / 10  # between two looks at a database that other workers change, too
+CLEAN_SECONDS = 60.0  # between two searches for what has expired
+LINES_TAKEN = 32  # lines that are claimed together
+FEWEST_IMAGES = 128  # in progress, also if full steps are small
+MOST_UNSTORED = 256  # answers that wait for the database; no line is started beyond this number
+UNANSWERED = {"error": {"message": InternalError.detail, "type": "server_error", "code": InternalError.code}}
+
+
+@dataclass(eq=False, slots=True)
+class Work:
+    """The work of this process on one batch."""
+
+    batch: ActiveBatch
+    # Evaluations that were computed for it, with an estimate for the lines in progress, and those before it began.
+    evaluations: float = 0.0
+    num_computed: int = 0  # evaluations that were computed for it
+    lines: deque[Line] = field(default_factory=deque)  # claimed and not started
+    running: dict[int, "asyncio.Task[None]"] = field(default_factory=dict)  # by the number of the line
+    num_images: int = 0  # of the lines in progress
+    num_answered: int = 0
+    is_exhausted: bool = False  # True if the last look found no waiting line
+
+    @property
+    def mean_evaluations(self) -> float:
+        """Returns the mean number of evaluations of a line, or 0 if it is not known yet."""
+        return self.num_computed / max(self.num_answered, 1)
+
+
+class BatchRunner:
+    """Answers the lines of batches. Only the event loop may use it."""
+
+    def __init__(
+        self,
+        database: Database,
+        batches: Batches,
+        answer: Callable[[Line], Awaitable[LineAnswer]],
+        full_step: Callable[[], int],
+        rates: Rates,
+        metrics: Metrics,
+        on_end: Callable[[], None],
+    ) -> None:
+        """`answer` answers a line. `full_step` returns the number of rows of a full step of the engine.
+
+        `on_end` is called when batches may have ended, so that their webhooks are sent at once.
+        """
+        self._database, self._batches, self._answer_line = database, batches, answer
+        self._full_step, self._rates, self._metrics, self._on_end = full_step, rates, metrics, on_end
+        self._work = dict[str, Work]()
+        self._answers: list[tuple[Line, LineAnswer]] = []  # that are not stored yet
+        self._num_storing = 0
+        self._new = deque[str]()  # the batches that are to be validated
+        self._is_woken, self._may_feed, self._has_answers = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._has_new = asyncio.Event()
+        self._cleaned_at = -CLEAN_SECONDS
+        self._has_beaten = False
+
+    def wake(self) -> None:
+        """Makes the runner look at the batches now."""
+        self._is_woken.set()
+
+    async def run(self) -> None:
+        """Runs until it is cancelled. Then stores the answers that are known, and gives the other lines back."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for loop in (self._watch, self._check, self._feed, self._store):
+                    group.create_task(self._repeat(loop))
+        finally:
+            await self._stop()
+
+    async def _repeat(self, loop: Callable[[], Awaitable[None]]) -> None:
+        """Calls a loop again and again. An error of the database only delays it."""
+        while True:
+            try:
+                await loop()
+            except (StorageUnavailable, StorageFull) as error:
+                log.warning("Batches wait for the database", extra={"error": error.detail})
+                await asyncio.sleep(RETRY_SECONDS)
+            except Exception:  # A bug must not end the other loops.
+                log.exception("The batch runner has failed, and continues")
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _watch(self) -> None:
+        self._is_woken.clear()
+        if self._database.exists:
+            active = await self._database.run(self._look)
+            self._metrics.unfinished_batches.set(len(active))
+            answered = {each.id: each for each in active if each.is_answered}
+            for batch in answered.values():
+                await self._continue(batch)
+            left = {each.id for each in active if each.status is not BatchStatus.VALIDATING} | self._work.keys()
+            for batch_id in left - answered.keys():
+                await self._leave(batch_id)
+            self._may_feed.set()
+            self._new = deque(each.id for each in active if each.status is BatchStatus.VALIDATING)
+            self._has_new.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(WATCH_SECONDS if self._database.is_shared else CLEAN_SECONDS):
+                await self._is_woken.wait()
+
+    def _look(self) -> Sequence[ActiveBatch]:
+        """Returns the unfinished batches. Records that this worker is alive, and cleans at intervals.
+
+        Runs in a thread of the database. Without other workers, one record at the start is enough.
+        """
+        if self._database.is_shared or not self._has_beaten:
+            self._batches.beat(is_alone=not self._database.is_shared)
+            self._has_beaten = True
+        if time.monotonic() - self._cleaned_at >= CLEAN_SECONDS:
+            self._batches.clean()
+            self._cleaned_at = time.monotonic()
+        return self._batches.active()
+
+    async def _check(self) -> None:
+        """Validates one batch, or waits until there is one. A batch that cannot be read does not delay the others."""
+        if not self._new:
+            self._has_new.clear()
+            await self._has_new.wait()
+        elif await self._database.run(self._batches.validate, self._new.popleft()):
+            self.wake()
+            self._on_end()
+
+    async def _continue(self, batch: ActiveBatch) -> None:
+        """Begins the work on a batch, or looks again for its lines, which another worker may have given back."""
+        work = self._work.get(batch.id)
+        if work is None:
+            fewest = min((each.evaluations for each in self._work.values()), default=0.0)
+            self._work[batch.id] = Work(batch, fewest)
+            self._rates.start(batch.id)
+        elif work.is_exhausted:
+            if not (work.running or work.lines or self._is_unstored(batch.id)):
+                # There can be claims of a transaction that was committed, but whose result was lost.
+                await self._database.run(self._batches.release, batch.id)
+                await self._end_if_done(batch.id)
+            work.is_exhausted = False
+
+    def _is_unstored(self, batch_id: str) -> bool:
+        """Returns True if answers of the batch are not stored yet."""
+        return self._num_storing > 0 or any(line.batch_id == batch_id for line, _ in self._answers)
+
+    async def _leave(self, batch_id: str) -> None:
+        """Stops the work on a batch that is cancelled or expired or has ended. Ends it if no worker works on it."""
+        work = self._work.pop(batch_id, None)
+        if work:
+            tasks = list(work.running.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        await self._database.run(self._batches.release, batch_id)
+        await self._end_if_done(batch_id)
+
+    async def _end_if_done(self, batch_id: str) -> None:
+        if await self._database.run(self._batches.end_if_done, batch_id):
+            self._work.pop(batch_id, None)
+            self._rates.end(batch_id)
+            self._on_end()
+            self.wake()
+
+    async def _feed(self) -> None:
+        """Starts one line, or waits until a line can be started."""
+        self._may_feed.clear()
+        work = await self._next()
+        if work is None:
+            await self._may_feed.wait()
+            return
+        line = work.lines.popleft()
+        images, cost = num_images_of(line.body), work.mean_evaluations
+        work.num_images += images
+        work.evaluations += cost
+        task = asyncio.create_task(self._answer(work, line, images, cost))
+        work.running[line.number] = task
+        await asyncio.sleep(0)  # so that other tasks run between the lines
+
+    async def _next(self) -> Work | None:
+        """Returns the work with the line that is to be started next, or None if none may be started now."""
+        most = max(FEWEST_IMAGES, 2 * self._full_step())
+        unfed = [each for each in self._work.values() if each.lines or not each.is_exhausted]
+        if not unfed or len(self._answers) + self._num_storing > MOST_UNSTORED:
+            return None
+        if sum(each.num_images for each in self._work.values()) >= most:
+            return None
+        for work in sorted(unfed, key=lambda each: each.evaluations):
+            if work.num_images >= max(1, most // len(unfed)):
+                continue
+            if not work.lines:
+                taken = await self._database.run(self._batches.take, work.batch, LINES_TAKEN)
+                work.is_exhausted = not taken
+                if self._work.get(work.batch.id) is not work:  # It was cancelled meanwhile.
+                    await self._database.run(self._batches.release, work.batch.id)
+                    self.wake()
+                    continue
+                work.lines.extend(taken)
+            if work.lines:
+                return work
+        return None
+
+    async def _answer(self, work: Work, line: Line, images: int, cost: float) -> None:
+        """Answers a line. If the task is cancelled, the line is not answered."""
+        try:
+            answer = await self._answer_line(line)
+        except Exception:  # A bug in a route is the error of one line.
+            log.exception("A line was not answered", extra={"batch": line.batch_id, "line": line.number})
+            answer = LineAnswer(InternalError.status, "", json.dumps(UNANSWERED).encode(), 0, 0)
+        finally:
+            del work.running[line.number]
+            work.num_images -= images
+            work.evaluations -= cost
+            self._may_feed.set()
+        work.evaluations += answer.evaluations
+        work.num_computed += answer.evaluations
+        work.num_answered += 1
+        self._answers.append((line, answer))
+        self._has_answers.set()
+
+    async def _store(self) -> None:
+        await self._has_answers.wait()
+        self._has_answers.clear()
+        answers, self._answers = self._answers, []
+        self._num_storing = len(answers)
+        try:
+            stored = await self._database.run(self._batches.store, answers)
+        except BaseException:
+            self._answers = answers + self._answers
+            self._has_answers.set()
+            raise
+        finally:
+            self._num_storing = 0
+        self._may_feed.set()
+        self._metrics.batch_lines.labels("completed").inc(stored.completed)
+        self._metrics.batch_lines.labels("failed").inc(stored.failed)
+        of_batch = dict[str, list[int]]()
+        for line, answer in answers:
+            counts = of_batch.setdefault(line.batch_id, [0, 0])
+            counts[0] += 1
+            counts[1] += answer.images
+        for batch_id, (lines, images) in of_batch.items():
+            self._rates.add(batch_id, lines, images)
+        for batch_id in stored.ready:
+            await self._end_if_done(batch_id)
+
+    async def _stop(self) -> None:
+        """Cancels the lines in progress, stores the answers that are known, and gives the other lines back."""
+        tasks = [task for work in self._work.values() for task in work.running.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if not self._database.exists:
+            return
+        answers, self._answers = self._answers, []
+
+        def store() -> None:
+            if answers:
+                self._batches.store(answers)
+            self._batches.release()
+
+        try:
+            await self._database.run(store)
+        except (StorageUnavailable, StorageFull):
+            log.warning("The lines in progress were not given back. They are taken back after the next start")

@@ -1,0 +1,63 @@
+"""The service of files and batches, as the routes use it: its parts, and the start and the stop of its workers."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from app.batches.batches import Batches
+from app.batches.database import Database
+from app.batches.files import Files
+from app.errors import Overloaded
+
+MOST_UPLOADS = 32  # at the same time; each needs up to 3 MB of memory
+UPLOAD_SECONDS = 5  # Retry-After beyond this number
+
+
+class Worker(Protocol):
+    """Works in the event loop on what the database has."""
+
+    async def run(self) -> None:
+        """Works until it is cancelled."""
+
+    def wake(self) -> None:
+        """Makes the worker look at the database now."""
+
+
+class BatchService:
+    """Files, batches and what works on them. Files and Batches block: call their methods with `database.run`."""
+
+    def __init__(self, database: Database, files: Files, batches: Batches) -> None:
+        self.database, self.files, self.batches = database, files, batches
+        self._workers: Sequence[Worker] = ()
+        self._num_uploads = 0
+        self._tasks = list["asyncio.Task[None]"]()
+
+    def start(self, *workers: Worker) -> None:
+        """Starts the workers in the running event loop."""
+        self._workers = workers
+        self._tasks = [asyncio.create_task(worker.run()) for worker in workers]
+
+    @contextmanager
+    def one_upload(self) -> Iterator[None]:
+        """Counts an upload for the duration of the block. Raises Overloaded if there are too many."""
+        if self._num_uploads >= MOST_UPLOADS:
+            raise Overloaded(UPLOAD_SECONDS, "Too many files are being uploaded")
+        self._num_uploads += 1
+        try:
+            yield
+        finally:
+            self._num_uploads -= 1
+
+    def wake(self) -> None:
+        """Makes the workers look at the database now. Call it after a change."""
+        for worker in self._workers:
+            worker.wake()
+
+    async def stop(self) -> None:
+        """Stops the workers, which give back what they have not finished, and closes the database."""
+        self.batches.is_stopping.set()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self.database.close)
