@@ -11,6 +11,7 @@ training      images per second of scripts.train and of a plain training loop, a
 endurance     an hour of mixed load; fails if memory grows or if an image changes
 memory        highest memory of the service under load, without and with CLIP
 versions      throughput and latency of this version and of the version in the folder --base
+batches       latency of requests beside a running batch, and the throughput of the batch
 streams       throughput while every client streams previews, and while a viewer reads the batch events
 host          host cost of the service: its work on the processor while the device computes; also compared with --base
 profile       time of each kind of kernel in a reverse step, not compiled and compiled
@@ -24,6 +25,7 @@ suspended. The raw results are written to a JSON file. UNFOG_* variables are pas
 import argparse
 from pathlib import Path
 
+from scripts.benchmark.batches import measure_batches
 from scripts.benchmark.endurance import measure_endurance
 from scripts.benchmark.host import measure_host
 from scripts.benchmark.measurement import Times
@@ -61,6 +63,7 @@ MODES = (
     "endurance",
     "memory",
     "versions",
+    "batches",
     "streams",
     "host",
     "profile",
@@ -88,12 +91,8 @@ def _run(args: argparse.Namespace, reporter: Reporter) -> None:
             measure_endurance(args.minutes, args.out, reporter)
         case "memory":
             measure_memory(args.out, reporter)
-        case "versions":
-            measure_versions(args.base, dict(args.setting), args.pairs, args.seconds, args.out, reporter)
-        case "streams":
-            measure_streams(args.pairs, args.seconds, args.out, reporter)
-        case "host":
-            measure_host(args.base, args.repeats, args.seconds, args.out, reporter)
+        case "versions" | "batches" | "streams" | "host":
+            _compare(args, reporter)
         case "profile":
             measure_profile(args.rows, args.num_threads, args.out, reporter)
         case "page":
@@ -102,6 +101,18 @@ def _run(args: argparse.Namespace, reporter: Reporter) -> None:
             measure_quick(reporter)
         case _:
             _measure_loads(args, reporter)
+
+
+def _compare(args: argparse.Namespace, reporter: Reporter) -> None:
+    match args.mode:
+        case "versions":
+            measure_versions(args.base, dict(args.setting), args.pairs, args.seconds, args.out, reporter)
+        case "batches":
+            measure_batches(args.repeats, args.seconds, args.out, reporter)
+        case "streams":
+            measure_streams(args.pairs, args.seconds, args.out, reporter)
+        case "host":
+            measure_host(args.base, args.repeats, args.seconds, args.out, reporter)
 
 
 def _measure_loads(args: argparse.Namespace, reporter: Reporter) -> None:
@@ -150,7 +161,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(metavar="|".join(MODES), dest="mode")
     added = {mode: commands.add_parser(mode) for mode in MODES}
     closed, open_, models, alternatives, pipeline, training, endurance, *others = added.values()
-    memory, versions, streams, host, profile, page = others
+    memory, versions, batches, streams, host, profile, page = others
     for command in (closed, open_, models, alternatives, pipeline):
         _add_options(command)
     pipeline.add_argument("folder", type=Path, help="folder with a pipeline of diffusers without classes")
@@ -207,6 +218,8 @@ def build_parser() -> Parser:
     for command in (versions, streams):
         command.add_argument("--pairs", type=integer(1, 100), default=5, help="pairs of measurements; default: 5")
         command.add_argument("--seconds", type=positive, default=24.0, help="seconds per service and pair; default: 24")
+    batches.add_argument("--repeats", type=integer(1, 100), default=5, help="rounds of measurements; default: 5")
+    batches.add_argument("--seconds", type=positive, default=30.0, help="seconds per measurement; default: 30")
     host.add_argument("--base", type=Path, help="folder of another version to compare with, such as a git worktree")
     host.add_argument(
         "--repeats", type=integer(1, 100), default=5, help="measurements of each figure and version; default: 5"
@@ -214,8 +227,8 @@ def build_parser() -> Parser:
     host.add_argument("--seconds", type=positive, default=6.0, help="seconds per load over HTTP; default: 6")
     profile.add_argument("--rows", type=integer(1, 4096), default=64, help="rows per step; default: 64")
     profile.add_argument("--num-threads", type=integer(1, 1024), help="compute threads; default: PyTorch's choice")
-    measured = closed, open_, models, alternatives, pipeline, training, endurance, memory, versions, streams, host
-    for command in (*measured, profile):
+    measured = closed, open_, models, alternatives, pipeline, training, endurance, memory, versions
+    for command in (*measured, batches, streams, host, profile):
         command.add_argument("--out", type=Path, required=command is not profile, help=".json file for the raw results")
     page.add_argument("folder", type=Path, help="folder with JSON files of the other modes, all from one machine")
     page.add_argument("--out", type=file_to_write(".md"), required=True, help="page to write, a .md file")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.step import Rows, State, Stepped
 from scripts import bench
-from scripts.benchmark import endurance, loads, memory, modes, services, simulation, training, versions
+from scripts.benchmark import batches, endurance, loads, memory, modes, services, simulation, training, versions
 from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.loads import Load
 from scripts.benchmark.measurement import Times
@@ -105,6 +105,22 @@ def test_versions_compares_two_services(
     assert [row["load"] for row in found] == ["64 x 1 image", "2 x 2 images", "1 x 1 image", "1 x 1 image and 1 x 2"]
     assert all(row["base"] > 0 and row["new"] > 0 for row in found)
     assert "| load | unit | base | new | ratio | rows per step |" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("forks")
+def test_batches_measures_requests_alone_and_beside_a_batch(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(batches, "SETTLE_SECONDS", 0.0)
+    out = tmp_path / "batches.json"
+    bench.main(["batches", "--repeats=1", "--seconds=1.5", f"--out={out}"])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["batch_rows"] > 0
+    assert row["alone"] > 0
+    for client in row["clients"].values():
+        assert 0 < client["busy"] < 1
+        assert min(client["alone"] + client["beside"]) > 0
+    assert "| client | p95 alone, s | p95 beside a batch, s | ratio |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
