@@ -151,7 +151,9 @@ def _webhook_secret(value: SecretStr) -> SecretStr:
     except ValueError:  # also binascii.Error
         key = b""
     if not text.startswith("whsec_") or not 24 <= len(key) <= 64:
-        raise ValueError("must be whsec_ and 24 to 64 random bytes in base64")
+        raise ValueError(
+            'must be whsec_ and 24 to 64 bytes in base64. Generate one with: echo "whsec_$(openssl rand -base64 32)"'
+        )
     return value
 
 
@@ -328,8 +330,8 @@ class Settings(BaseSettings):
     """on or off: serve /docs and /openapi.json, which need no API key. off: they answer 404, or 401 if API keys are set
     and the request has none (default: on)"""
     data_dir: Path = Field(default_factory=default_data_dir)
-    """folder of the database with files, batches and their results, without UNFOG_DATABASE_URL. Only one process can
-    use it (default: unfog in $XDG_DATA_HOME or ~/.local/share)"""
+    """folder of the SQLite database with files, batches and their results, if UNFOG_DATABASE_URL is not set. Only one
+    process can use it (default: unfog in $XDG_DATA_HOME or ~/.local/share)"""
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = None
     """PostgreSQL database of files, batches and their results, as postgresql://USER:PASSWORD@HOST/NAME. Services with
     the same database share the work. Needs the extra `postgres`. Other users can see the flag in the process list, so
@@ -344,7 +346,7 @@ class Settings(BaseSettings):
     max_lines: Count = 50_000
     """maximum number of lines in a batch (default: 50000)"""
     file_days: Annotated[int, Field(ge=1, le=3650)] = 30
-    """days after which a file expires and is deleted, unless its upload or its batch says otherwise (default: 30)"""
+    """days after which a file expires and is deleted, unless its upload or batch sets another lifetime (default: 30)"""
     webhook_hosts: Hosts = ()
     """hosts to which webhooks of batches may be sent, such as example.com or *.example.com, separated by commas. Needs
     UNFOG_WEBHOOK_SECRET (default: none)"""

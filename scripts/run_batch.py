@@ -36,7 +36,7 @@ from scripts.common.progress import Reporter, Task
 from scripts.common.stopping import stops_soon
 
 NO_LIMIT = sys.maxsize
-START = b'{"id": "batch_req_'  # of every line of an output
+START = b'{"id": "batch_req_'  # the first bytes of every line of an output
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     with args.output.open("a+b") as output, tempfile.TemporaryDirectory() as folder:
         lock(output, args.output)
         done, num_failed = read_output(output, args.output, batch)
-        # The files and batches of a service on this machine are left alone.
+        # The run must not use the database of a service on this machine.
         settings = read_settings().model_copy(update={"data_dir": Path(folder) / "none", "database_url": None})
         stopped = f"run_batch: stopped. Start it again with the same arguments to answer the other lines: {args.output}"
         with Reporter(lambda: stopped, stop=stops_soon) as reporter:
@@ -147,7 +147,7 @@ async def answer_all(settings: Settings, batch: Batch, done: set[str], output: B
             await asyncio.wait((answering, watchdog.lost), return_when=asyncio.FIRST_COMPLETED)
             if answering.done():
                 return answering.result()
-            answering.cancel()  # The lines would wait for the engine for ever.
+            answering.cancel()  # The lines would wait for the engine forever.
             await asyncio.wait((answering,))
         raise ScriptError("The engine has failed. Start the script again to answer the other lines")
 

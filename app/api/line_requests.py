@@ -1,4 +1,4 @@
-"""Answers the lines of batches by the routes of the service, within the process and without a socket.
+"""Answers the lines of batches with the routes of the service, within the process and without a socket.
 
 A line is a request with the Idempotency-Key `Line.key`, so that it gets the same images whenever it is answered. It has
 no deadline. An answer that says when to retry, such as 429 while the queue is full, is not stored: the line is tried
@@ -32,7 +32,8 @@ LONGEST_WAIT = 30.0  # seconds after which a line is tried again at the latest
 class LineRequests:
     """An application with the routes that lines may name. Only the event loop may use it.
 
-    It has no middleware. Authentication, rate limits, the access log and the count of requests do not concern lines.
+    It has no middleware, because authentication, rate limits, the access log and the count of requests do not apply to
+    lines.
     """
 
     def __init__(

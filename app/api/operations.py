@@ -80,7 +80,7 @@ ERRORS: tuple[UnfogError, ...] = (
     errors.MalformedRequest(),
     errors.Unauthorized(),
     errors.Forbidden(),
-    errors.QuotaExceeded("There are already 1000 files, the limit. Delete some of them first"),
+    errors.QuotaExceeded("The limit of 1000 files is reached. Delete some of them first"),
     errors.RequestTimeout(f"The body did not arrive within {default_of('read_timeout'):g} s"),
     errors.Conflict(),
     errors.Overloaded(4),

@@ -93,7 +93,7 @@ class Service:
     animations: AnimationEncoder = field(default_factory=AnimationEncoder)
     mailbox: Mailbox = field(default_factory=Mailbox)
     in_flight: InFlight = field(default_factory=InFlight)
-    line_of_clip: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by the line of a batch that uses CLIP
+    clip_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by the line of a batch that uses CLIP
 
     @property
     def uptime_seconds(self) -> float:
@@ -159,9 +159,10 @@ class Service:
     def clip_turn(self, context: RequestContext) -> AbstractAsyncContextManager[object]:
         """Waits until a request may use CLIP, which it does within the block.
 
-        Only lines of batches wait: at most one of them is in the queue of CLIP, so that other requests are in time.
+        Only lines of batches wait: at most one of them is in the queue of CLIP, so that other requests meet their
+        deadlines.
         """
-        return self.line_of_clip if context.is_background else nullcontext()
+        return self.clip_lock if context.is_background else nullcontext()
 
     def count_in_flight(self, context: RequestContext) -> None:
         """Counts a request as in flight until it is answered.

@@ -2,8 +2,8 @@
 
 A batch is `validating` while its lines are read from the input file and stored, and then `in_progress`. A worker (a
 process) claims lines, answers them and stores the results. A result is stored only for a line that waits and that its
-worker has claimed, in one transaction with the counts of the batch. Therefore no line is answered twice in the files,
-also if a worker that was paused returns after another one has taken its lines.
+worker has claimed, in one transaction with the counts of the batch. No line therefore has two results, even if a worker
+continues after a pause in which another one has taken its lines.
 
     validating --> in_progress --> completed          every line has a result
         |               |--------> expired            the completion window has ended; the other lines have failed
@@ -60,7 +60,7 @@ TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancell
 
 @dataclass(frozen=True, slots=True)
 class ActiveBatch:
-    """A batch on which workers work."""
+    """An unfinished batch, with what a worker needs to know about it."""
 
     id: str
     endpoint: str
@@ -74,7 +74,7 @@ class ActiveBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredCounts:
     """What a transaction with results has stored."""
 
     completed: int
@@ -109,7 +109,7 @@ class Batches:
         with self._database.write() as connection:
             owned = sa.select(sa.func.count()).where(batches.c.owner == owner, batches.c.status.in_(UNFINISHED))
             if (connection.scalar(owned) or 0) >= MOST_UNFINISHED:
-                raise QuotaExceeded(f"There are already {MOST_UNFINISHED} unfinished batches, the limit. Retry later")
+                raise QuotaExceeded(f"The limit of {MOST_UNFINISHED} unfinished batches is reached. Retry later")
             file = sa.select(files.c.bytes).where(
                 files.c.id == new.input_file_id,
                 files.c.owner == owner,
@@ -202,7 +202,7 @@ class Batches:
     # The methods below are for workers.
 
     def beat(self, *, is_alone: bool) -> None:
-        """Records that this worker is alive, and takes the claims of workers that are not.
+        """Records that this worker is alive, and ends the claims of workers that are not.
 
         `is_alone` means that no other worker can exist.
         """
@@ -215,14 +215,14 @@ class Batches:
             if not is_alone:
                 dead = dead.where(workers.c.seen_at < now - LEASE_SECONDS)
             connection.execute(dead)
-            # This includes the claims of a worker that was paused, is not in the table any more, and claims on.
+            # A worker that was paused for longer may have been deleted here, and may have made claims after that.
             alive = sa.select(workers.c.id)
             for table in (lines, batches):
                 lost = table.update().where(table.c.claimed_by.is_not(None), table.c.claimed_by.not_in(alive))
                 connection.execute(lost.values(claimed_by=None))
 
     def release(self, batch_id: str | None = None) -> None:
-        """Gives the claims of this worker back: those of a batch, or all."""
+        """Ends the claims of this worker on a batch and its lines, or all of its claims."""
         with self._database.write() as connection:
             _release(connection, self._database.worker, batch_id)
 
@@ -266,7 +266,7 @@ class Batches:
     def take(self, batch: ActiveBatch, count: int) -> Sequence[Line]:
         """Claims waiting lines of a batch in progress, in order, and returns them.
 
-        These are at most `count` lines, and no more than BYTES_TOGETHER if there is more than one.
+        Takes at most `count` lines, and no more than fit into BYTES_TOGETHER, but at least one.
         """
         # The lock keeps the status until the claims are stored, so that no line is claimed after `cancel`.
         status = sa.select(batches.c.status).where(batches.c.id == batch.id).with_for_update(read=True)
@@ -292,7 +292,7 @@ class Batches:
             rows = connection.execute(of_lines.order_by(lines.c.number)).all()
         return [Line(batch.id, row.number, row.custom_id, batch.endpoint, bytes(row.body)) for row in rows]
 
-    def store(self, answers: Sequence[tuple[Line, LineAnswer]]) -> Stored:
+    def store(self, answers: Sequence[tuple[Line, LineAnswer]]) -> StoredCounts:
         """Stores the answers of lines that this worker has claimed. Answers of other lines are dropped."""
         of_batch = dict[str, list[int]]()  # id -> completed, failed, images, bytes
         with self._database.write() as connection:
@@ -313,7 +313,7 @@ class Batches:
                     counts[3] += len(result) + 1
             ready = [each for each, counts in of_batch.items() if self._count(connection, each, counts)]
         completed, failed, images = (sum(counts[i] for counts in of_batch.values()) for i in range(3))
-        return Stored(completed, failed, images, tuple(ready))
+        return StoredCounts(completed, failed, images, tuple(ready))
 
     def end_if_done(self, batch_id: str) -> bool:
         """Ends a batch if all lines have a result, or if it is cancelled or has expired. Returns True if it has ended.
@@ -491,7 +491,8 @@ def _num_running(connection: Connection, batch_id: str) -> int:
 def _fail_waiting(connection: Connection, row: Row[Any], status: BatchStatus) -> bool:
     """Fails up to LINES_TOGETHER waiting lines of a batch that ends with this status. Returns True if more are left.
 
-    The batch must end in the transaction that fails the last ones: it would be completed afterwards.
+    The batch must end in the transaction that fails the last lines. Otherwise every line would have a result, and the
+    batch would be completed.
     """
     code, message = ENDED[status]
     query = sa.select(lines.c.number, lines.c.custom_id)

@@ -1,10 +1,10 @@
 """The database of files and batches: SQLite in a folder, or PostgreSQL.
 
-SQLite writes ahead (WAL), so that readers and the writer do not wait for each other, and each commit is on the disk
-when it returns (`synchronous=FULL`). A lock on the folder keeps a second process out, which would otherwise take the
-lines of the first one for those of a dead process. With PostgreSQL, several processes share the work.
+SQLite has a write-ahead log (WAL), so that readers and the writer do not wait for each other. Each commit is on the
+disk when it returns (`synchronous=FULL`). A lock on the folder keeps out a second process, which would otherwise take
+over the lines of the first one, as if it were dead. With PostgreSQL, several processes share the work.
 
-All methods of the modules of this package that use a connection block. The event loop calls them with `run`.
+All functions of this package that use a connection block their thread. The event loop calls them with `Database.run`.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ THREADS = 4  # of the pool; each uses at most one connection
 RETRY_SECONDS = 5  # Retry-After while the database does not answer
 IDLE_SECONDS = 10  # after which PostgreSQL ends a transaction whose process does nothing
 CONNECT_SECONDS = 5
-# For PostgreSQL. A server that is gone without a word would otherwise block a thread for many minutes.
+# For PostgreSQL. A server that disappears without closing the connection would otherwise block a thread for minutes.
 CONNECTION = {
     "connect_timeout": CONNECT_SECONDS,
     "keepalives_idle": 10,  # seconds
@@ -46,7 +46,7 @@ CONNECTION = {
     "tcp_user_timeout": 20_000,  # milliseconds
 }
 BUSY_SECONDS = 30  # how long a writer of SQLite waits for another one
-# The errors that mean that there is no room: the text of SQLite, and the SQLSTATE of PostgreSQL (disk_full).
+# What identifies a full disk: the message of SQLite, and the SQLSTATE of PostgreSQL (disk_full).
 FULL, FULL_STATE = "database or disk is full", "53100"
 SCHEMA_LOCK = 7_238_461  # of PostgreSQL, so that two processes do not create the tables at the same time
 
@@ -80,7 +80,7 @@ class Database:
 
     @property
     def exists(self) -> bool:
-        """Returns True if there can be batches that an earlier process has left."""
+        """Returns True if an earlier process may have left batches."""
         return self.is_shared or (self._folder / FILE).exists()
 
     def open(self) -> Engine:
@@ -131,7 +131,7 @@ class Database:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             while not future.done():
-                with contextlib.suppress(asyncio.CancelledError):  # anyio cancels again and again
+                with contextlib.suppress(asyncio.CancelledError):  # anyio cancels repeatedly
                     await asyncio.wait([future])
             raise
 

@@ -1,7 +1,7 @@
 """Files: uploads in chunks, and the results of batches, whose content is read from the lines.
 
-A file that has expired cannot be found, also before `clean` deletes it. An upload that is not finished is in no list,
-and expires if no chunk arrives for UPLOAD_SECONDS.
+A file that has expired cannot be found, even before `clean_files` deletes it. An upload that is not finished is in no
+list, and expires if no chunk arrives for UPLOAD_SECONDS.
 """
 
 import secrets
@@ -38,7 +38,7 @@ class Limits:
 
 
 class Files:
-    """The files of all owners. Its methods block. Raises StorageUnavailable and StorageFull."""
+    """The files of all owners. Its methods block. They raise StorageUnavailable and StorageFull."""
 
     def __init__(self, database: Database, limits: Limits) -> None:
         self._database, self._limits = database, limits
@@ -49,7 +49,7 @@ class Files:
         with self._database.write() as connection:
             uploads = sa.select(sa.func.count()).where(files.c.owner == owner, files.c.purpose == UPLOADED)
             if (connection.scalar(uploads.where(files.c.expires_at > now)) or 0) >= limits.files:
-                raise QuotaExceeded(f"There are already {limits.files} files, the limit. Delete some of them first")
+                raise QuotaExceeded(f"The limit of {limits.files} files is reached. Delete some of them first")
             check_stored(connection, owner, limits)
             values = {"id": file_id, "owner": owner, "filename": filename, "purpose": UPLOADED, "status": "uploading"}
             connection.execute(
@@ -131,7 +131,7 @@ class Upload:
         self._num_chunks += 1
 
     def finish(self, lifetime: int | None = None) -> File:
-        """Ends the upload. The file can be found from now on. `lifetime` is in seconds; None is that of the limits."""
+        """Ends the upload. The file can be found from now on. `lifetime` is in seconds. None: the default."""
         now = time.time()
         expires_at = now + (lifetime or self._limits.lifetime)
         with self._database.write() as connection:
@@ -161,7 +161,7 @@ def check_stored(connection: Connection, owner: str, limits: Limits, more: int =
     stored = sum(int(connection.scalar(query) or 0) for query in (uploads, results))
     if stored + max(more, 1) > limits.stored_bytes:
         raise QuotaExceeded(
-            f"Files, batches and results have {stored} bytes, the limit is {limits.stored_bytes}. Delete files first"
+            f"{stored} bytes are stored, and more would exceed the limit of {limits.stored_bytes}. Delete files first"
         )
 
 

@@ -1,6 +1,6 @@
 """Reads the lines of an input file: `{"custom_id", "method", "url", "body"}`, one JSON object a line.
 
-Lines are checked while the file is read. Only one line at a time is in memory, and the digests of the custom_ids.
+Lines are checked while the file is read. The memory has one line at a time, and a digest of each custom_id.
 """
 
 import json
@@ -82,8 +82,8 @@ class InputReader:
         if self.endpoint is None and isinstance(url, str) and url in self._endpoints:
             self.endpoint = url
         if url is None or url != self.endpoint:
-            wanted = self.endpoint or ", ".join(sorted(self._endpoints))
-            raise LineError("mismatched_url", f"The url must be {wanted}, as in the whole batch", "url")
+            wanted = self.endpoint or "one of " + ", ".join(sorted(self._endpoints))
+            raise LineError("mismatched_url", f"The url must be {wanted}", "url")
         return InputLine(number, custom_id, _dumps(line["body"]))
 
     def _add(self, code: str, line: int | None, message: str, param: str | None = None) -> None:
@@ -134,7 +134,7 @@ def _parse(text: bytes) -> dict[str, Any]:
         raise LineError("missing_field", f"The field {missing[0]!r} is missing. A line has {_names()}", missing[0])
     custom_id = line["custom_id"]
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID:
-        raise LineError("invalid_custom_id", f"custom_id must be 1 to {MAX_CUSTOM_ID} characters", "custom_id")
+        raise LineError("invalid_custom_id", f"custom_id must have 1 to {MAX_CUSTOM_ID} characters", "custom_id")
     if not _is_unicode(custom_id) or "\0" in custom_id:
         raise LineError("invalid_custom_id", "custom_id has characters that are not permitted", "custom_id")
     if line["method"] != "POST":

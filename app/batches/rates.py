@@ -30,7 +30,7 @@ class Rates:
             self._answers.setdefault(batch_id, deque())
 
     def add(self, batch_id: str, lines: int, images: int) -> None:
-        """Counts lines with this number of images together."""
+        """Counts lines that were answered, and the images of all of them."""
         now = time.monotonic()
         with self._lock:
             if batch_id in self._started:

@@ -1,17 +1,17 @@
 """The runner: answers the lines of batches in the background. It has four loops in the event loop of the service.
 
-    watch   records that this worker is alive, finds batches that are new, cancelled or expired, and ends them
+    watch   records that this worker is alive, finds new batches, and ends those that are cancelled or expired
     check   validates new batches, one after the other
     feed    claims waiting lines and starts their answers
     store   stores answers, as many as there are in one transaction
 
-Feed keeps so many lines in progress that the engine always has rows for two full steps. Batches share this fairly: each
+Feed keeps enough lines in progress for two full steps of the engine. Batches share this fairly: each
 has an equal part of the lines in progress, and the next line is that of the batch for which the fewest network
 evaluations were computed. A new batch begins with the smallest number of evaluations of the others.
 
 If the database does not answer or is full, the answers wait, no further line is started, and the runner tries again. If
-the process is killed, the lines that it has claimed are taken back: at the next start with SQLite, or by another worker
-after LEASE_SECONDS. They get the same seeds, and therefore the same images.
+the process is killed, its claims end: with SQLite at the next start, and with PostgreSQL after LEASE_SECONDS, when
+another worker notices it. The lines get the same seeds, and therefore the same images.
 """
 
 import asyncio
@@ -33,10 +33,10 @@ from app.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-WATCH_SECONDS = LEASE_SECONDS / 10  # between two looks at a database that other workers change, too
-CLEAN_SECONDS = 60.0  # between two searches for what has expired
+WATCH_SECONDS = LEASE_SECONDS / 10  # between two reads of a database that other workers change too
+CLEAN_SECONDS = 60.0  # between two deletions of what has expired
 LINES_TAKEN = 32  # lines that are claimed together
-FEWEST_IMAGES = 128  # in progress, also if full steps are small
+FEWEST_IMAGES = 128  # in progress, even if full steps are small
 MOST_UNSTORED = 256  # answers that wait for the database; no line is started beyond this number
 UNANSWERED = {"error": {"message": InternalError.detail, "type": "server_error", "code": InternalError.code}}
 
@@ -46,14 +46,14 @@ class Work:
     """The work of this process on one batch."""
 
     batch: ActiveBatch
-    # Evaluations that were computed for it, with an estimate for the lines in progress, and those before it began.
+    # The evaluations that were computed for it, an estimate for its lines in progress, and the value at its beginning.
     evaluations: float = 0.0
     num_computed: int = 0  # evaluations that were computed for it
     lines: deque[Line] = field(default_factory=deque)  # claimed and not started
     running: dict[int, "asyncio.Task[None]"] = field(default_factory=dict)  # by the number of the line
     num_images: int = 0  # of the lines in progress
     num_answered: int = 0
-    is_exhausted: bool = False  # True if the last look found no waiting line
+    is_exhausted: bool = False  # True if the last search found no waiting line
 
     @property
     def mean_evaluations(self) -> float:
@@ -90,11 +90,11 @@ class BatchRunner:
         self._has_beaten = False
 
     def wake(self) -> None:
-        """Makes the runner look at the batches now."""
+        """Makes the runner read the batches now."""
         self._is_woken.set()
 
     async def run(self) -> None:
-        """Runs until it is cancelled. Then stores the answers that are known, and gives the other lines back."""
+        """Runs until it is cancelled. Then stores the answers that are known, and releases the other lines."""
         try:
             async with asyncio.TaskGroup() as group:
                 for loop in (self._watch, self._check, self._feed, self._store):
@@ -111,7 +111,7 @@ class BatchRunner:
                 log.warning("Batches wait for the database", extra={"error": error.detail})
                 await asyncio.sleep(RETRY_SECONDS)
             except Exception:  # A bug must not end the other loops.
-                log.exception("The batch runner has failed, and continues")
+                log.exception("Error in the batch runner, which continues")
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _watch(self) -> None:
@@ -133,9 +133,10 @@ class BatchRunner:
                 await self._is_woken.wait()
 
     def _look(self) -> Sequence[ActiveBatch]:
-        """Returns the unfinished batches. Records that this worker is alive, and cleans at intervals.
+        """Returns the unfinished batches. Records that this worker is alive.
 
-        Runs in a thread of the database. Without other workers, one record at the start is enough.
+        Every CLEAN_SECONDS, it also deletes what has expired. Runs in a thread of the database. Without other workers,
+        one record at the start is enough.
         """
         if self._database.is_shared or not self._has_beaten:
             self._batches.beat(is_alone=not self._database.is_shared)
@@ -155,7 +156,7 @@ class BatchRunner:
             self._on_end()
 
     async def _continue(self, batch: ActiveBatch) -> None:
-        """Begins the work on a batch, or looks again for its lines, which another worker may have given back."""
+        """Begins the work on a batch, or searches again for waiting lines, which another worker may have left."""
         work = self._work.get(batch.id)
         if work is None:
             fewest = min((each.evaluations for each in self._work.values()), default=0.0)
@@ -273,7 +274,7 @@ class BatchRunner:
             await self._end_if_done(batch_id)
 
     async def _stop(self) -> None:
-        """Cancels the lines in progress, stores the answers that are known, and gives the other lines back."""
+        """Cancels the lines in progress, stores the answers that are known, and releases the other lines."""
         tasks = [task for work in self._work.values() for task in work.running.values()]
         for task in tasks:
             task.cancel()
@@ -290,4 +291,4 @@ class BatchRunner:
         try:
             await self._database.run(store)
         except (StorageUnavailable, StorageFull):
-            log.warning("The lines in progress were not given back. They are taken back after the next start")
+            log.warning("Lines in progress not released: they are answered after the next start or by another process")

@@ -15,13 +15,13 @@ UPLOAD_SECONDS = 5  # Retry-After beyond this number
 
 
 class Worker(Protocol):
-    """Works in the event loop on what the database has."""
+    """A task in the event loop that does the work that is in the database."""
 
     async def run(self) -> None:
         """Works until it is cancelled."""
 
     def wake(self) -> None:
-        """Makes the worker look at the database now."""
+        """Makes the worker read the database now."""
 
 
 class BatchService:
@@ -50,12 +50,12 @@ class BatchService:
             self._num_uploads -= 1
 
     def wake(self) -> None:
-        """Makes the workers look at the database now. Call it after a change."""
+        """Makes the workers read the database now. Call it after a change."""
         for worker in self._workers:
             worker.wake()
 
     async def stop(self) -> None:
-        """Stops the workers, which give back what they have not finished, and closes the database."""
+        """Stops the workers, which release what they have not finished, and closes the database."""
         self.batches.is_stopping.set()
         for task in self._tasks:
             task.cancel()

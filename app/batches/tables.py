@@ -1,7 +1,7 @@
 """The tables of files and batches.
 
 A file is stored in chunks. The output and the error file of a batch have no chunks: their content is the results of the
-lines of the batch. A line is thus never in the table and missing in the file, or in both files.
+lines of the batch. A line with a result is therefore in exactly one of the two files.
 
 Times are seconds since the epoch.
 """
@@ -111,7 +111,7 @@ webhooks = Table(
     Index(None, "next_at"),
 )
 
-# A claim of a worker ends if the worker has not been seen for LEASE_SECONDS (see runner.py).
+# A claim of a worker ends if the worker has not been seen for LEASE_SECONDS (see batches.py).
 workers = Table(
     "unfog_workers",
     metadata,

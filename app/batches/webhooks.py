@@ -42,11 +42,11 @@ MAX_URL = 2048  # characters
 LIMIT_SECONDS = 10.0  # for an attempt, from the resolution of the name to the head of the answer
 MAX_HEAD_BYTES = 16 * 1024  # of the answer
 MOST_TOGETHER = 8  # attempts at the same time
-CLAIM_SECONDS = 30.0  # an event that a sender has taken is left to it for this long
+CLAIM_SECONDS = 30.0  # for this long, no other sender takes an event that a sender has claimed
 MOST_SECONDS = 60.0  # between two searches for events of other processes
 # Seconds from an attempt that has failed to the next one. After these, the event is dropped.
 DELAYS = (5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 14 * 3600, 20 * 3600, 24 * 3600)
-JITTER = 0.1  # a delay is longer or shorter by at most this part
+JITTER = 0.1  # a delay is longer or shorter by at most this fraction
 SECRET_PREFIX = "whsec_"
 
 _VISIBLE = re.compile(r"[!-~]+")  # ASCII without spaces and control characters
@@ -231,7 +231,7 @@ class WebhookSender:
                 self._has_storage = False
                 await asyncio.sleep(RETRY_SECONDS)
             except Exception:  # A bug must not end the loop.
-                log.exception("The sender of webhooks has failed, and continues")
+                log.exception("Error in the sender of webhooks, which continues")
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _send_due(self, client: "_Client") -> None:
@@ -270,7 +270,7 @@ class WebhookSender:
                 if is_delivered:
                     connection.execute(webhooks.delete().where(of_row))
                     continue
-                own = (of_row, webhooks.c.claimed_by == self._database.worker)  # The claim may have run out.
+                own = (of_row, webhooks.c.claimed_by == self._database.worker)  # The claim may have expired.
                 if row.attempts < len(DELAYS):
                     delay = DELAYS[row.attempts] * random.uniform(1 - JITTER, 1 + JITTER)
                     values = {"attempts": row.attempts + 1, "next_at": now + delay}

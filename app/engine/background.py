@@ -1,4 +1,4 @@
-"""Background jobs: the rows of offline batches. They run in the time that all other jobs, the interactive ones, leave.
+"""Background jobs: the rows of offline batches. They run in the time that all other jobs, called interactive, leave.
 
 A background job has no deadline. It takes steps only while there are no interactive jobs. A new interactive job
 therefore joins the next step, and the order, the bounds and the estimates of interactive jobs are the same as without
@@ -9,7 +9,8 @@ An interactive job that arrives during a background step waits for its end. The 
 (see `StepLimits` in batcher.py): they are smaller for SHARED_SECONDS after the last interactive job. The bound of an
 interactive job contains the time of one full step of the interactive jobs, for the step in progress (see backlog.py).
 This is enough for a background step of the same kind. A background step of a slower kind, for example of a larger
-network, can take longer. Admission then computes the bounds for the later time at which they contain its end.
+network, can take longer. Admission then computes the bounds as if the interactive job arrived later, so that they
+contain the end of the background step (see `start_of_bounds`).
 """
 
 import math
@@ -45,8 +46,9 @@ class BackgroundSteps:
         self._ends_at = now + times.slowdown * times.measured_seconds(*calls)
 
     def start_of_bounds(self, full_seconds: float, now: float) -> float:
-        """Returns the time for which the bounds of interactive jobs contain the end of the background step in progress.
+        """Returns the time from which to compute bounds that contain the end of the background step in progress.
 
-        `full_seconds` is the time that they contain for it. The result is `now` unless the step takes longer.
+        `full_seconds` is the part of the bounds for the step in progress. The result is `now` unless the step takes
+        longer than that.
         """
         return max(now, self._ends_at - full_seconds)

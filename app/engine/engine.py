@@ -19,7 +19,7 @@ Some values are read without the lock:
 
 Drain: `drain` refuses new jobs and returns a future that completes when all admitted jobs are answered. If this takes
 too long, the caller answers the remaining jobs with `give_up`. Background jobs (see background.py) could take hours, so
-that `drain` answers them at once. Their caller submits them again after a restart.
+`drain` answers them at once. Their caller submits them again after a restart.
 
 Heartbeat: the thread stores the time before each step. `alive` is False if the last heartbeat is older than
 `watchdog_seconds`, which happens if a step or the idle work of the runner hangs. While the engine starts or waits for

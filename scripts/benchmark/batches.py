@@ -1,8 +1,8 @@
 """Measures what a running batch costs other requests, and which throughput it has.
 
 A client sends one request after the other, with random pauses, so that the service is idle for a part of the time. It
-is measured alone and beside a batch, in turns, on one start of the service. No image has guidance, so that the work is
-counted in rows: one row is one image in one step.
+is measured alone and beside a batch, alternately, with one process of the service. No image has guidance, so that the
+work is counted in rows: one row is one image in one step.
 
 The throughput that is left for the batch is that of a batch alone, times the share of the time in which the service
 runs no step while the client is alone.
@@ -36,7 +36,7 @@ IMAGES_OF_A_LINE = 10
 LINES = 20_000  # more than a measurement can answer
 START_SECONDS = 60  # until a batch must be running
 SETTLE_SECONDS = 3.0
-COLUMNS = ("client", "p95 alone, s", "p95 beside a batch, s", "ratio", "share of what is left for the batch")
+COLUMNS = ("client", "p95 alone, s", "p95 beside a batch, s", "ratio", "batch throughput / remaining throughput")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ class BlockStream(Response):
     """A response whose body is the blocks. Threads of the database's pool compute each of them when it can be sent.
 
     If the client disconnects, the generator is closed. If the generator raises an error, the connection is closed
-    before the end of the body, so that the client does not take the body for complete. HEAD computes no block.
+    before the end of the body, so that the client notices it. HEAD computes no block.
     """
 
     def __init__(

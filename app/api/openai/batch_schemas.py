@@ -68,7 +68,7 @@ class FileDeleted(BaseModel):
 
 
 class ExpiresAfter(BaseModel):
-    """When a file expires."""
+    """The lifetime of a file."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -87,7 +87,7 @@ class BatchRequest(BaseModel):
     endpoint: Annotated[Url, Field(description="The path of a POST operation. It is the `url` of all lines.")]
     completion_window: Literal["24h"] = Field(description="After this time, a batch that has not ended expires.")
     metadata: Annotated[dict[Key, Value], Field(max_length=MAX_PAIRS)] | None = Field(
-        default=None, description="Names and values for the caller, which the batch keeps."
+        default=None, description="Names and values of the caller, which are returned with the batch."
     )
     output_expires_after: ExpiresAfter | None = Field(
         default=None, description="When the files of results expire. Without it, they expire as uploaded files do."

@@ -173,7 +173,10 @@ class Row {
     ].filter(Boolean);
   }
 
-  /** Returns a link, because the browser stores its file on the disk. A link cannot send an API key, but a button can. */
+  /**
+   * Returns a link, with which the browser saves the file to the disk. With an API key, returns a button, because a link
+   * cannot send the key.
+   */
   link(text, path, name) {
     if (!hasKey()) return element("a", { class: "button small", href: path, download: name, ...this.described }, text);
     const button = this.button(text, () => this.save(button, path, name));

@@ -6,7 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from app.batches.batches import ActiveBatch, Batches, Stored
+from app.batches.batches import ActiveBatch, Batches, StoredCounts
 from app.batches.database import Database
 from app.batches.files import CHUNK_BYTES, Files, Limits
 from app.batches.rates import Rates
@@ -63,7 +63,7 @@ class Store:
     def take(self, batch: Batch, count: int = 1000) -> Sequence[Line]:
         return self.batches.take(ActiveBatch(batch.id, batch.endpoint, batch.status, is_expired=False), count)
 
-    def answer(self, taken: Iterable[Line], status: int = 200, images: int = 1) -> Stored:
+    def answer(self, taken: Iterable[Line], status: int = 200, images: int = 1) -> StoredCounts:
         """Stores the same answer to all lines."""
         answer = LineAnswer(status, "req_1", b'{"status": %d}' % status, images, 4)
         return self.batches.store([(line, answer) for line in taken])

@@ -363,7 +363,8 @@ OPERATIONS = [*files.router.operations, *routes.router.operations]
 EVERYWHERE = {"unauthorized", "forbidden", "rate_limited", "internal_error", "storage_unavailable", "draining"}
 BODY = {"request_timeout", "body_too_large", "storage_full"}
 CODES = {
-    "create_file": BODY | {"malformed_request", "invalid_request", "quota_exceeded", "unsupported_media_type"},
+    "create_file": BODY
+    | {"malformed_request", "invalid_request", "quota_exceeded", "unsupported_media_type", "overloaded"},
     "list_files": {"invalid_request"},
     "get_file": {"not_found"},
     "delete_file": {"not_found", "conflict", "storage_full"},
