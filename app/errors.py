@@ -203,7 +203,11 @@ class NotAvailable(UnfogError):
 class StorageFull(UnfogError):
     """The disk or the database has no room for files and results."""
 
-    status, code, detail = 507, "storage_full", "There is no room for files and results. Delete files, or retry later"
+    status, code, detail = (
+        507,
+        "storage_full",
+        "The storage of files and results is full. Tell the operator, or retry later",
+    )
 
 
 class DeadlineExceeded(UnfogError):

@@ -79,7 +79,6 @@ LINE_ROUTERS = (
     inpaint.router,
     edit.router,
     reproduce.router,
-    score.router,
     openai.router,
 )
 READ_ROUTERS = (models.router, batch.router, openai_models.router)

@@ -137,7 +137,7 @@ async def answer_all(settings: Settings, batch: Batch, done: set[str], output: B
     async with app.router.lifespan_context(app):
         engine = app.state.service.engine
         try:
-            await asyncio.wrap_future(engine.ready)
+            await asyncio.shield(asyncio.wrap_future(engine.ready))  # A signal must not cancel the future.
         except RunnerError as error:
             raise ScriptError(str(error)) from error
         watchdog = Watchdog(engine, settings.give_up_seconds)

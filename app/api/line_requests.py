@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.routing import Route
 from starlette.types import Message, Scope
 
-from app.api.http.context import RequestContext, new_request_id
+from app.api.http.context import CLIENT_CLOSED_REQUEST, RequestContext, new_request_id
 from app.api.http.idempotency import HEADER
 from app.api.http.media_types import JSON
 from app.api.http.paths import ExactRoutes
@@ -60,6 +60,8 @@ class LineRequests:
         while True:
             context = RequestContext(request_id, is_background=True)
             response = await self._respond(line, context)
+            if response.status == CLIENT_CLOSED_REQUEST:  # All tasks were cancelled, at the end of the event loop.
+                raise asyncio.CancelledError
             retry_after = response.headers.get("retry-after")
             if retry_after is None:
                 return _answer_of(response, context)

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Protocol, TypeVar
@@ -156,14 +156,6 @@ class Service:
         self.count_in_flight(context)
         return future
 
-    def clip_turn(self, context: RequestContext) -> AbstractAsyncContextManager[object]:
-        """Waits until a request may use CLIP, which it does within the block.
-
-        Only lines of batches wait: at most one of them is in the queue of CLIP, so that other requests meet their
-        deadlines.
-        """
-        return self.clip_lock if context.is_background else nullcontext()
-
     def count_in_flight(self, context: RequestContext) -> None:
         """Counts a request as in flight until it is answered.
 
@@ -221,13 +213,12 @@ class Service:
         if not task.job.clip:  # A request that has waited for CLIP is also admitted during a drain.
             self.engine.apparent_state.refuse_unless_ok()
 
-    def timeout_of(self, requested: float | None, context: RequestContext) -> float:
+    def timeout_of(self, requested: float | None) -> float:
         """Returns the timeout in seconds of work that the engine does not do: embeddings of CLIP.
 
-        It is infinite for a line of a batch. Raises FieldError if the requested one is too long.
+        Raises FieldError if the requested one is too long.
         """
-        timeout = self._check_timeout(requested) or self.settings.short_timeout
-        return math.inf if context.is_background else timeout
+        return self._check_timeout(requested) or self.settings.short_timeout
 
     def _check_timeout(self, requested: float | None) -> float | None:
         """Returns the requested timeout. Raises FieldError if it is too long."""
@@ -250,10 +241,12 @@ async def guided_by_clip(request: Request, service: Service, task: Task) -> Task
     options, timeout, context = task.options, task.job.timeout, context_of(request.scope)
     if not options.clip_guidance_scale:
         return task
-    clip, deadline = service.clip_info, time.monotonic() + service.timeout_of(timeout, context)
+    clip, limit, is_line = service.clip_info, service.timeout_of(timeout), context.is_background
+    deadline = math.inf if is_line else time.monotonic() + limit
     service.engine.apparent_state.refuse_unless_ok()
     try:
-        async with asyncio.timeout(deadline - time.monotonic()), service.clip_turn(context):
+        # At most one line of a batch is in the queue of CLIP, so that other requests are in time.
+        async with asyncio.timeout(deadline - time.monotonic()), service.clip_lock if is_line else nullcontext():
             embedded = asyncio.wrap_future(service.clip.embed_prompts([options.clip_prompt]))
             service.count_in_flight(context)
             (text,) = await cancel_on_disconnect(request, embedded)
@@ -261,7 +254,7 @@ async def guided_by_clip(request: Request, service: Service, task: Task) -> Task
         raise errors.DeadlineExceeded from None
     warning = await _warning(service, task, text)
     task = with_clip(task, clip, text, service.engine.clip_evaluations, warning)
-    if context.is_background or not (timeout or service.settings.request_timeout):
+    if is_line or not (timeout or service.settings.request_timeout):
         return task  # The engine chooses the timeout of the images, or they have none.
     return replace(task, job=replace(task.job, timeout=max(deadline - time.monotonic(), MIN_TIMEOUT)))
 

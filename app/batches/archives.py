@@ -25,6 +25,7 @@ from app.errors import NotAvailable
 INDEX = "metadata.jsonl"  # the member of the archive with a line for each image; the name is that of the Hub
 MAX_NAME = 80  # characters of a custom_id in the name of a file
 BLOCK_BYTES = 256 * 1024
+EMPTY_PARTS = 200  # answers without images, which can take long to read
 GROUP_ROWS, GROUP_BYTES = 1000, 8 * 1024 * 1024  # limits of a row group of Parquet; its images are in memory
 NEEDS_PYARROW = "Parquet files need pyarrow, which is not installed. Install it with: pip install -e '.[parquet]'"
 # The columns besides `image`, and the keys of a line of the index besides `file_name` -> type.
@@ -79,6 +80,9 @@ def _zip_parts(answers: Answers) -> Iterator[bytes]:
     with ZipWriter() as archive, SpooledTemporaryFile(SPOOL_BYTES) as index:
         crc = 0
         for image in _images(answers):
+            if image is None:
+                yield b""
+                continue
             yield archive.header(image.name, len(image.png), crc32(image.png))
             yield image.png
             row = json.dumps({"file_name": image.name, **image.facts}).encode() + b"\n"
@@ -102,15 +106,19 @@ def _parquet_parts(pa: Any, pq: Any, answers: Answers) -> Iterator[bytes]:
     options = {"use_dictionary": ["seed", "label"], "write_statistics": list(COLUMNS)}
     with pq.ParquetWriter(sink, schema, **options) as writer:
         for rows in _groups(answers):
-            writer.write_table(pa.Table.from_pylist(rows, schema), row_group_size=len(rows))
-            yield from sink.take()
+            if rows:
+                writer.write_table(pa.Table.from_pylist(rows, schema), row_group_size=len(rows))
+            yield b"".join(sink.take())
     yield from sink.take()  # the end of the file
 
 
 def _groups(answers: Answers) -> Iterator[list[dict[str, Any]]]:
-    """Yields the rows of each row group."""
+    """Yields the rows of each row group, and an empty list for each answer without images."""
     rows, size = list[dict[str, Any]](), 0
     for image in _images(answers):
+        if image is None:
+            yield []
+            continue
         rows.append({"image": {"bytes": image.png, "path": image.name}, **image.facts})
         size += len(image.png)
         if len(rows) == GROUP_ROWS or size >= GROUP_BYTES:
@@ -143,24 +151,32 @@ class _Sink(io.RawIOBase):
 
 
 def _joined(parts: Iterable[bytes]) -> Blocks:
-    """Yields the same bytes in blocks of at least BLOCK_BYTES, except for the last one."""
-    block = bytearray()
+    """Yields the same bytes in blocks of at least BLOCK_BYTES, except for the last one.
+
+    Answers without images add nothing. An empty block after EMPTY_PARTS of them lets the caller stop.
+    """
+    block, num_empty = bytearray(), 0
     for part in parts:
         block += part
-        if len(block) >= BLOCK_BYTES:
+        num_empty = 0 if part else num_empty + 1
+        if len(block) >= BLOCK_BYTES or num_empty == EMPTY_PARTS:
             yield bytes(block)
             block.clear()
+            num_empty = 0
     if block:
         yield bytes(block)
 
 
-def _images(answers: Answers) -> Iterator[_Image]:
-    """Yields the images of the answers. An answer without images, or in an unknown form, has none."""
+def _images(answers: Answers) -> Iterator[_Image | None]:
+    """Yields the images of the answers, and None for an answer without images or in an unknown form."""
     for line, body in answers:
         try:
             answer = _Answer.model_validate_json(body)
         except ValidationError:
+            yield None
             continue
+        if not answer.images:
+            yield None
         for position, picture in enumerate(answer.images):
             facts = {
                 "custom_id": line.custom_id,

@@ -15,6 +15,7 @@ The transaction that ends a batch also creates its files, and the event of its w
 """
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -44,7 +45,9 @@ from app.batches.tables import batches, files, lines, webhooks, workers
 from app.batches.webhooks import event_row
 from app.errors import Conflict, FieldError, NotFound, QuotaExceeded
 
-MOST_UNFINISHED = 100  # unfinished batches of an owner
+log = logging.getLogger(__name__)
+
+MOST_UNFINISHED, MOST_BATCHES = 100, 10_000  # unfinished batches of an owner, and all that are not deleted yet
 LINES_TOGETHER = 500  # lines that are stored in one transaction
 BYTES_TOGETHER = 4 * 1024 * 1024  # their bodies; a block ends with the line that exceeds this
 LEASE_SECONDS = 30  # a worker that has not been seen for this long has lost its claims
@@ -110,6 +113,8 @@ class Batches:
             owned = sa.select(sa.func.count()).where(batches.c.owner == owner, batches.c.status.in_(UNFINISHED))
             if (connection.scalar(owned) or 0) >= MOST_UNFINISHED:
                 raise QuotaExceeded(f"The limit of {MOST_UNFINISHED} unfinished batches is reached. Retry later")
+            if (connection.scalar(sa.select(sa.func.count()).where(batches.c.owner == owner)) or 0) >= MOST_BATCHES:
+                raise QuotaExceeded(f"The limit of {MOST_BATCHES} batches is reached. Old ones are deleted by and by")
             file = sa.select(files.c.bytes).where(
                 files.c.id == new.input_file_id,
                 files.c.owner == owner,
@@ -219,7 +224,9 @@ class Batches:
             alive = sa.select(workers.c.id)
             for table in (lines, batches):
                 lost = table.update().where(table.c.claimed_by.is_not(None), table.c.claimed_by.not_in(alive))
-                connection.execute(lost.values(claimed_by=None))
+                count = connection.execute(lost.values(claimed_by=None)).rowcount
+                if count and table is lines:
+                    log.info("Lines of a process that has ended are answered again", extra={"lines": count})
 
     def release(self, batch_id: str | None = None) -> None:
         """Ends the claims of this worker on a batch and its lines, or all of its claims."""
@@ -386,6 +393,7 @@ class Batches:
                 _delete_lines(connection, batch_id)
                 self._end(connection, row, BatchStatus.FAILED, errors=[asdict(each) for each in reader.errors])
             elif row is not None:
+                log.info("Batch started", extra={"batch": batch_id, "lines": reader.num_lines})
                 now, status = time.time(), BatchStatus.IN_PROGRESS
                 _update(
                     connection, batch_id, status=status, in_progress_at=now, total=reader.num_lines, claimed_by=None
@@ -414,6 +422,8 @@ class Batches:
             values["finalizing_at"] = now
         values |= {f"{status}_at": now, "claimed_by": None, "input_bytes": 0}
         _update(connection, row.id, status=status, **values)
+        facts = {"batch": row.id, "status": str(status), "completed": row.completed, "failed": row.failed}
+        log.info("Batch ended", extra=facts)
         if row.webhook_url:
             connection.execute(webhooks.insert().values(**event_row(row.id, f"batch.{status}", row.webhook_url, now)))
 

@@ -11,10 +11,12 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +26,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.engine import Connection, Engine, make_url
+from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from app.batches.tables import metadata
@@ -33,8 +35,9 @@ from app.errors import StorageFull, StorageUnavailable
 log = logging.getLogger(__name__)
 
 FILE = "batches.db"
-THREADS = 4  # of the pool; each uses at most one connection
+THREADS, STREAM_THREADS = 4, 2  # of `run` and of downloads; each uses at most one connection
 RETRY_SECONDS = 5  # Retry-After while the database does not answer
+LOCK_SECONDS, STATEMENT_SECONDS = 20, 120  # limits of a wait for a lock, and of a statement, of PostgreSQL
 IDLE_SECONDS = 10  # after which PostgreSQL ends a transaction whose process does nothing
 CONNECT_SECONDS = 5
 # For PostgreSQL. A server that disappears without closing the connection would otherwise block a thread for minutes.
@@ -50,6 +53,7 @@ BUSY_SECONDS = 30  # how long a writer of SQLite waits for another one
 FULL, FULL_STATE = "database or disk is full", "53100"
 SCHEMA_LOCK = 7_238_461  # of PostgreSQL, so that two processes do not create the tables at the same time
 
+INVALID_URL = "UNFOG_DATABASE_URL is invalid. Use the form postgresql://USER:PASSWORD@HOST:PORT/NAME"
 MISSING_DRIVER = "UNFOG_DATABASE_URL needs the extra `postgres`. Install it with: pip install 'unfog[postgres]'"
 
 T = TypeVar("T")
@@ -65,32 +69,43 @@ class Database:
     def __init__(self, folder: Path, url: str | None = None) -> None:
         """`url` is that of a PostgreSQL database. Without it, the database is a SQLite file in `folder`.
 
-        Raises DatabaseError if the driver of PostgreSQL is needed and not installed.
+        Raises DatabaseError if the URL is invalid, or if the driver of PostgreSQL is not installed.
         """
         if url and not find_spec("psycopg"):
             raise DatabaseError(MISSING_DRIVER)
+        try:
+            self._url = make_url(url).set(drivername="postgresql+psycopg") if url else None
+        except (SQLAlchemyError, ValueError):  # Their messages can contain the password.
+            raise DatabaseError(INVALID_URL) from None
         self.worker = secrets.token_hex(16)  # identifies this process in the tables
         self.is_shared = url is not None  # True if other processes can use the database
-        self._folder, self._url = folder, url
+        self._folder, self._failed_at = folder, -math.inf
+        self._reason: str | None = None  # why the folder could not be used
         self._engine: Engine | None = None
         self._lock_file: int | None = None
         self._open_lock = threading.Lock()
         self._write_lock = threading.Lock()  # SQLite has one writer; a thread that waits here needs no retries
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="database")
+        # Large downloads have threads of their own, so that they do not delay the workers and the other requests.
+        self._streams = ThreadPoolExecutor(STREAM_THREADS, thread_name_prefix="database-stream")
 
     @property
     def exists(self) -> bool:
         """Returns True if an earlier process may have left batches."""
-        return self.is_shared or (self._folder / FILE).exists()
+        return self.is_shared or os.access(self._folder / FILE, os.F_OK)  # Path.exists() raises PermissionError
 
     def open(self) -> Engine:
         """Returns the engine of SQLAlchemy. The first call connects and creates the tables.
 
-        Raises StorageUnavailable if the database does not answer or its folder cannot be used.
+        Raises StorageUnavailable if the database does not answer or its folder cannot be used. With PostgreSQL,
+        it does so at once for RETRY_SECONDS after a failure, because each attempt can take CONNECT_SECONDS.
         """
         with self._open_lock:
             if self._engine is None:
-                engine = self._postgresql() if self._url else self._sqlite()
+                if self.is_shared and time.monotonic() - self._failed_at < RETRY_SECONDS:
+                    raise StorageUnavailable(RETRY_SECONDS)
+                self._failed_at = time.monotonic()
+                engine = self._postgresql(self._url) if self._url else self._sqlite()
                 try:
                     with _translated(), engine.begin() as connection:
                         if self._url:
@@ -100,7 +115,7 @@ class Database:
                     engine.dispose()
                     self._unlock()
                     raise
-                self._engine = engine
+                self._engine, self._failed_at = engine, -math.inf
             return self._engine
 
     @contextmanager
@@ -126,7 +141,17 @@ class Database:
 
         If the task is cancelled, it first waits for the function, so that nothing changes the database afterwards.
         """
-        future = asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *arguments))
+        return await self._run_in(self._pool, partial(work, *arguments))
+
+    async def next_of(self, values: Iterator[T]) -> T | None:
+        """Returns the next value of an iterator that reads the database, or None at its end.
+
+        It is computed in one of the threads for downloads, which `run` does not use.
+        """
+        return await self._run_in(self._streams, partial(next, values, None))
+
+    async def _run_in(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        future = asyncio.get_running_loop().run_in_executor(pool, work)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -135,30 +160,20 @@ class Database:
                     await asyncio.wait([future])
             raise
 
-    async def stream(self, blocks: Iterator[T]) -> AsyncGenerator[T]:
-        """Yields the values of an iterator. Each of them is computed in a thread of the pool."""
-        end: Any = object()
-        try:
-            while (block := await self.run(next, blocks, end)) is not end:
-                yield block
-        finally:
-            if isinstance(blocks, Generator):
-                await self.run(blocks.close)
-
     def close(self) -> None:
         """Closes the connections. Waits for the work in the pool."""
-        self._pool.shutdown(cancel_futures=True)
+        for pool in (self._pool, self._streams):
+            pool.shutdown(cancel_futures=True)
         with self._open_lock:
             if self._engine:
                 self._engine.dispose()
                 self._engine = None
             self._unlock()
 
-    def _postgresql(self) -> Engine:
-        assert self._url
+    def _postgresql(self, url: URL) -> Engine:
         engine = sa.create_engine(
-            make_url(self._url).set(drivername="postgresql+psycopg"),
-            pool_size=THREADS,
+            url,
+            pool_size=THREADS + STREAM_THREADS,
             max_overflow=THREADS,
             pool_pre_ping=True,
             connect_args=CONNECTION,
@@ -173,13 +188,14 @@ class Database:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._unlock()
-            is_used = isinstance(error, BlockingIOError)
-            reason = "another process uses it" if is_used else error.strerror
-            log.error("UNFOG_DATA_DIR cannot be used", extra={"folder": str(self._folder), "reason": reason})
+            reason = "another process uses it" if isinstance(error, BlockingIOError) else error.strerror
+            if reason != self._reason:  # Log it once.
+                log.error("UNFOG_DATA_DIR cannot be used", extra={"folder": str(self._folder), "reason": reason})
+            self._reason = reason
             raise StorageUnavailable(RETRY_SECONDS) from error
         engine = sa.create_engine(
             f"sqlite+pysqlite:///{self._folder / FILE}",
-            pool_size=THREADS,
+            pool_size=THREADS + STREAM_THREADS,
             max_overflow=THREADS,
             connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False},
         )
@@ -194,8 +210,10 @@ class Database:
 
 
 def _configure_postgresql(connection: Any, _: Any) -> None:
-    """Configures a new connection. A process that is paused within a transaction would keep its locks."""
+    """Configures a new connection. A process that is paused within a transaction would keep its locks for long."""
     connection.execute(f"SET idle_in_transaction_session_timeout = {1000 * IDLE_SECONDS}")
+    connection.execute(f"SET lock_timeout = {1000 * LOCK_SECONDS}")
+    connection.execute(f"SET statement_timeout = {1000 * STATEMENT_SECONDS}")
     connection.commit()
 
 

@@ -222,7 +222,7 @@ def clean_files(database: Database) -> None:
     """Deletes the files that have expired, except the input of a batch that is being validated."""
     reading = sa.select(batches.c.input_file_id).where(batches.c.status == "validating")
     expired = sa.select(files).where(files.c.expires_at <= time.time(), files.c.id.not_in(reading)).limit(1)
-    expired = expired.with_for_update()
+    expired = expired.with_for_update(skip_locked=True)  # Another worker deletes these.
     while True:
         with database.write() as connection:
             row = connection.execute(expired).first()

@@ -17,9 +17,8 @@ another worker notices it. The lines get the same seeds, and therefore the same 
 import asyncio
 import json
 import logging
-import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -36,7 +35,7 @@ log = logging.getLogger(__name__)
 WATCH_SECONDS = LEASE_SECONDS / 10  # between two reads of a database that other workers change too
 CLEAN_SECONDS = 60.0  # between two deletions of what has expired
 LINES_TAKEN = 32  # lines that are claimed together
-FEWEST_IMAGES = 128  # in progress, even if full steps are small
+FEWEST_IMAGES = 32  # in progress, even if full steps are small
 MOST_UNSTORED = 256  # answers that wait for the database; no line is started beyond this number
 UNANSWERED = {"error": {"message": InternalError.detail, "type": "server_error", "code": InternalError.code}}
 
@@ -86,8 +85,8 @@ class BatchRunner:
         self._new = deque[str]()  # the batches that are to be validated
         self._is_woken, self._may_feed, self._has_answers = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._has_new = asyncio.Event()
-        self._cleaned_at = -CLEAN_SECONDS
-        self._has_beaten = False
+        self._has_storage = True
+        self._has_database, self._is_alive = asyncio.Event(), asyncio.Event()
 
     def wake(self) -> None:
         """Makes the runner read the batches now."""
@@ -97,7 +96,7 @@ class BatchRunner:
         """Runs until it is cancelled. Then stores the answers that are known, and releases the other lines."""
         try:
             async with asyncio.TaskGroup() as group:
-                for loop in (self._watch, self._check, self._feed, self._store):
+                for loop in (self._beat, self._watch, self._check, self._feed, self._store, self._clean):
                     group.create_task(self._repeat(loop))
         finally:
             await self._stop()
@@ -107,17 +106,41 @@ class BatchRunner:
         while True:
             try:
                 await loop()
+                self._has_storage = True
             except (StorageUnavailable, StorageFull) as error:
-                log.warning("Batches wait for the database", extra={"error": error.detail})
+                if self._has_storage:
+                    log.warning("Batches wait for the database", extra={"error": error.detail})
+                self._has_storage = False
                 await asyncio.sleep(RETRY_SECONDS)
             except Exception:  # A bug must not end the other loops.
                 log.exception("Error in the batch runner, which continues")
                 await asyncio.sleep(RETRY_SECONDS)
 
+    async def _beat(self) -> None:
+        """Records that this worker is alive. It has a thread of its own, which no other work can delay.
+
+        Without other workers, one record at the start is enough. It releases the claims of an earlier process.
+        """
+        if not self._database.exists:
+            await self._has_database.wait()
+        await asyncio.to_thread(self._batches.beat, is_alone=not self._database.is_shared)
+        self._is_alive.set()
+        if not self._database.is_shared:
+            await asyncio.Event().wait()
+        await asyncio.sleep(WATCH_SECONDS)
+
+    async def _clean(self) -> None:
+        """Deletes what has expired."""
+        if self._database.exists:
+            await self._database.run(self._batches.clean)
+        await asyncio.sleep(CLEAN_SECONDS)
+
     async def _watch(self) -> None:
         self._is_woken.clear()
         if self._database.exists:
-            active = await self._database.run(self._look)
+            self._has_database.set()
+            await self._is_alive.wait()
+            active = await self._database.run(self._batches.active)
             self._metrics.unfinished_batches.set(len(active))
             answered = {each.id: each for each in active if each.is_answered}
             for batch in answered.values():
@@ -131,20 +154,6 @@ class BatchRunner:
         with suppress(TimeoutError):
             async with asyncio.timeout(WATCH_SECONDS if self._database.is_shared else CLEAN_SECONDS):
                 await self._is_woken.wait()
-
-    def _look(self) -> Sequence[ActiveBatch]:
-        """Returns the unfinished batches. Records that this worker is alive.
-
-        Every CLEAN_SECONDS, it also deletes what has expired. Runs in a thread of the database. Without other workers,
-        one record at the start is enough.
-        """
-        if self._database.is_shared or not self._has_beaten:
-            self._batches.beat(is_alone=not self._database.is_shared)
-            self._has_beaten = True
-        if time.monotonic() - self._cleaned_at >= CLEAN_SECONDS:
-            self._batches.clean()
-            self._cleaned_at = time.monotonic()
-        return self._batches.active()
 
     async def _check(self) -> None:
         """Validates one batch, or waits until there is one. A batch that cannot be read does not delay the others."""
@@ -214,11 +223,14 @@ class BatchRunner:
             return None
         if sum(each.num_images for each in self._work.values()) >= most:
             return None
+        count = max(1, min(LINES_TAKEN, most // len(unfed)))  # Many batches keep few claimed lines each.
         for work in sorted(unfed, key=lambda each: each.evaluations):
+            if self._work.get(work.batch.id) is not work:  # It was cancelled while the loop waited.
+                continue
             if work.num_images >= max(1, most // len(unfed)):
                 continue
             if not work.lines:
-                taken = await self._database.run(self._batches.take, work.batch, LINES_TAKEN)
+                taken = await self._database.run(self._batches.take, work.batch, count)
                 work.is_exhausted = not taken
                 if self._work.get(work.batch.id) is not work:  # It was cancelled meanwhile.
                     await self._database.run(self._batches.release, work.batch.id)
@@ -291,4 +303,7 @@ class BatchRunner:
         try:
             await self._database.run(store)
         except (StorageUnavailable, StorageFull):
-            log.warning("Lines in progress not released: they are answered after the next start or by another process")
+            if tasks or answers:
+                log.warning(
+                    "Lines in progress not released: they are answered after the next start or by another process"
+                )

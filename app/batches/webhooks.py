@@ -119,7 +119,10 @@ class WebhookTargets:
             raise FieldError(FIELD, "Webhooks are off. The operator sets the secret with UNFOG_WEBHOOK_SECRET")
         target = _parse(url)
         if not target.has_tls and not self._permits_private:
-            raise FieldError(FIELD, "The URL should begin with https://")
+            raise FieldError(FIELD, "The URL should begin with https://, unless UNFOG_WEBHOOK_PRIVATE is on")
+        with suppress(ValueError):  # It is a name, whose addresses are checked before each attempt.
+            if not self._permits_private and not is_public(target.host):
+                raise FieldError(FIELD, "The address is not public. The operator permits it with UNFOG_WEBHOOK_PRIVATE")
         if not any(_matches(name, target.host) and port in (None, target.port) for name, port in self._entries):
             raise FieldError(FIELD, f"The host {target.authority} is not one of those in UNFOG_WEBHOOK_HOSTS")
         return target

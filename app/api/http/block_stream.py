@@ -27,7 +27,7 @@ class BlockStream(Response):
         media_type: str,
         headers: Mapping[str, str],
     ) -> None:
-        """No block may be empty."""
+        """An empty block is not sent. A generator yields one if the next bytes can take long."""
         super().__init__(headers={**headers, "Cache-Control": "no-store"}, media_type=media_type)
         del self.headers["content-length"]
         self._blocks, self._database = blocks, database
@@ -52,7 +52,8 @@ class BlockStream(Response):
 
     async def _send_blocks(self, send: Send) -> None:
         try:
-            while block := await self._database.run(next, self._blocks, b""):
-                await send_part(send, block)
+            while (block := await self._database.next_of(self._blocks)) is not None:
+                if block:
+                    await send_part(send, block)
         finally:
             await self._database.run(self._blocks.close)

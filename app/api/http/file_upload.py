@@ -40,7 +40,7 @@ MAX_NAME = 200  # characters of the name of a field in an error
 MIN_LIFETIME, MAX_LIFETIME = 3600, 30 * 24 * 3600  # seconds after which a file expires, as in OpenAI's API
 FILE, PURPOSE, ANCHOR, SECONDS = "file", "purpose", "expires_after[anchor]", "expires_after[seconds]"
 CREATED_AT = "created_at"
-SLOWEST = 16 * 1024  # bytes per second on average, after the time that a client may be silent
+SLOWEST = 32 * 1024  # bytes per second on average, after the time that a client may be silent
 REQUIRED, SILENT = "Field required", "No byte of the body arrived for {seconds:g} s"
 SLOW = f"The body arrived more slowly than {SLOWEST // 1024} KiB/s"
 

@@ -18,7 +18,11 @@ from app.batches.batches import NOT_FOUND
 router = Router()
 
 PARQUET = "application/vnd.apache.parquet"
-STATUSES = {**READ, **NO_SUCH_BATCH}
+STATUSES = {
+    **READ,
+    **NO_SUCH_BATCH,
+    429: "overloaded (too many archives are being downloaded) or rate_limited, with Retry-After",
+}
 
 
 @router.operation(
@@ -71,10 +75,13 @@ async def _archive(
     extension: str,
     media_type: str,
 ) -> Response:
-    """Returns the response with an archive. Raises NotFound or NotAvailable before the response starts."""
+    """Returns the response with an archive. Raises NotFound, NotAvailable or Overloaded before the response starts."""
     check_id(batch_id, NOT_FOUND)
-    owner, batches, database = context_of(request.scope).owner, service.batches.batches, service.batches.database
+    context, batches, database = context_of(request.scope), service.batches.batches, service.batches.database
+    owner = context.owner
     batch = await database.run(batches.get, owner, batch_id)
+    if not context.is_head:
+        context.answered.enter_context(service.batches.one_archive())
     blocks = await database.run(blocks_of, batches.answers(owner, batch.id))
     disposition = f'attachment; filename="{batch.id}.{extension}"'
     return BlockStream(blocks, database, media_type, {"Content-Disposition": disposition})

@@ -133,10 +133,9 @@ async def score(request: Request, service: ServiceDependency) -> Response:
     CLIP uses only the CPU time that the denoising steps leave.
     """
     negotiate(request, (JSON,))
-    context = context_of(request.scope)
 
     def check(body: ScoreRequest) -> tuple[ScoreRequest, ModelInfo]:
-        timeout = service.timeout_of(body.timeout_seconds, context)
+        timeout = service.timeout_of(body.timeout_seconds)
         _ = service.clip_info  # raises NotAvailable without a CLIP model
         # Refuses a request before its pictures are decoded. `service.score` checks again: others can be admitted first.
         service.clip.check_admission(len(body.images), body.prompts, timeout)
@@ -147,17 +146,16 @@ async def score(request: Request, service: ServiceDependency) -> Response:
     (body, _), pictures = await service.pictures.read(
         request, ScoreRequest, {"images": SeveralPictures().read}, check=check
     )
-    images, timeout = pictures["images"], service.timeout_of(body.timeout_seconds, context)
+    images, timeout = pictures["images"], service.timeout_of(body.timeout_seconds)
     pixels = [_pixels_of(image) for image in images]
-    async with service.clip_turn(context):
-        future = service.score(pixels, body.prompts, timeout, context)
-        try:
-            async with asyncio.timeout(timeout):
-                scores = await cancel_on_disconnect(request, asyncio.wrap_future(future))
-        except TimeoutError:
-            raise errors.DeadlineExceeded(LATE) from None
-        finally:
-            future.cancel()
+    future = service.score(pixels, body.prompts, timeout, context_of(request.scope))
+    try:
+        async with asyncio.timeout(timeout):
+            scores = await cancel_on_disconnect(request, asyncio.wrap_future(future))
+    except TimeoutError:
+        raise errors.DeadlineExceeded(LATE) from None
+    finally:
+        future.cancel()
     assert service.engine.clip
     unknown = await asyncio.to_thread(service.engine.clip.unknown_words, body.prompts)
     queue, embed, total = seconds_of(scores.timings)

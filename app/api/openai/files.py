@@ -11,6 +11,7 @@ from fastapi import Query, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from app.api.http.client_address import client_name
 from app.api.http.context import CLIENT_GONE, context_of
 from app.api.http.file_upload import SILENT, receive_file
 from app.api.http.media_types import MULTIPART, OCTETS
@@ -76,7 +77,7 @@ Order = Annotated[Literal["asc", "desc"], Query(description="desc: the newest fi
 async def create_file(request: Request, service: ServiceDependency) -> JSONResponse:
     """Stores a file whose lines are requests in JSON. POST /v1/batches answers them."""
     batches = service.batches
-    with batches.one_upload():
+    with batches.one_upload(client_name(request.scope, context_of(request.scope).key)):
         file = await receive_file(request, batches.database, batches.files, service.settings)
     return JSONResponse(FileObject.of(file).model_dump(), headers=NO_STORE)
 
@@ -183,8 +184,8 @@ class FileContent(Response):
         file, batches = self._file, self._batches
         blocks, left = batches.files.content(file.owner, file.id), file.bytes
         while left:
-            block = await batches.database.run(next, blocks, b"")
-            if not block:
+            block = await batches.database.next_of(blocks)
+            if block is None:
                 raise NotFound(NOT_FOUND)  # The file was deleted meanwhile.
             left -= len(block)
             await send({"type": "http.response.body", "body": block, "more_body": left > 0})

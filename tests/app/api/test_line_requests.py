@@ -114,7 +114,7 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-def test_lines_can_name_the_routes_for_images_pictures_and_scores() -> None:
+def test_lines_can_name_the_routes_for_images_and_pictures() -> None:
     assert {
         "/generate",
         "/recognize",
@@ -122,7 +122,6 @@ def test_lines_can_name_the_routes_for_images_pictures_and_scores() -> None:
         "/inpaint",
         "/edit",
         "/reproduce",
-        "/score",
         GENERATIONS,
         "/v1/images/edits",
     } == ENDPOINTS
@@ -257,15 +256,11 @@ def test_line_has_no_deadline_and_yields_to_requests() -> None:
     run(check, runner, request_timeout=20)
 
 
-@pytest.mark.parametrize(
-    ("endpoint", "body"),
-    [("/recognize", {"image": PICTURE}), ("/score", {"images": [PICTURE], "prompts": ["a"]})],
-)
-def test_timeout_does_not_limit_the_time_for_the_pictures_of_a_line(endpoint: str, body: dict[str, Any]) -> None:
+def test_timeout_does_not_limit_the_time_for_the_pictures_of_a_line() -> None:
     async def check(setup: Setup) -> None:
-        late = {**body, "timeout_seconds": 1e-9}
-        assert (await setup.client.post(endpoint, json=late)).status_code in (429, 504)
-        answer = await setup.lines.answer(line(late, endpoint))
+        late = {"image": PICTURE, "timeout_seconds": 1e-9}
+        assert (await setup.client.post("/recognize", json=late)).status_code in (429, 504)
+        answer = await setup.lines.answer(line(late, "/recognize"))
         assert answer.status == 200, answer.body
 
     run(check, FakeRunner(clip=FakeClip()))
@@ -357,15 +352,27 @@ def test_cancelled_line_leaves_the_engine() -> None:
     run(check, FakeRunner(on_step=gate))
 
 
-@pytest.mark.parametrize(
-    ("endpoint", "body"),
-    [
-        ("/generate", {**WORK, "clip_guidance_scale": 1, "clip_prompt": "held"}),
-        ("/score", {"images": [PICTURE], "prompts": ["held"]}),
-    ],
-)
-def test_cancelled_line_leaves_the_queue_of_clip(endpoint: str, body: dict[str, Any]) -> None:
+def test_line_whose_inner_tasks_are_cancelled_has_no_answer() -> None:
+    """At the end of an event loop, as after Ctrl-C, all tasks are cancelled, not only those of the lines."""
     clip = HeldClip()
+
+    async def check(setup: Setup) -> None:
+        answering = setup.answering(line({**WORK, "clip_guidance_scale": 1, "clip_prompt": "held"}))
+        await entered(clip.entered)
+        waiting = [task for task in asyncio.all_tasks() if "_wait_for_disconnect" in repr(task.get_coro())]
+        assert waiting
+        for task in waiting:
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await answering
+        clip.released.set()
+
+    run(check, FakeRunner(clip=clip))
+
+
+def test_cancelled_line_leaves_the_queue_of_clip() -> None:
+    clip, endpoint = HeldClip(), "/generate"
+    body = {**WORK, "clip_guidance_scale": 1, "clip_prompt": "held"}
 
     async def check(setup: Setup) -> None:
         first, second = setup.answering(line(body, endpoint)), setup.answering(line(body, endpoint, 2))
@@ -400,14 +407,8 @@ def test_drain_ends_lines_and_does_not_wait_for_them() -> None:
     run(check, FakeRunner(on_step=gate))
 
 
-@pytest.mark.parametrize(
-    ("endpoint", "body"),
-    [
-        ("/generate", {**WORK, "clip_guidance_scale": 1, "clip_prompt": "held"}),
-        ("/score", {"images": [PICTURE], "prompts": ["held"]}),
-    ],
-)
-def test_drain_does_not_wait_for_lines_that_use_clip(endpoint: str, body: dict[str, Any]) -> None:
+def test_drain_does_not_wait_for_lines_that_use_clip() -> None:
+    endpoint, body = "/generate", {**WORK, "clip_guidance_scale": 1, "clip_prompt": "held"}
     clip, runner = HeldClip(), FakeRunner()
     runner.clip = clip
 
@@ -439,8 +440,6 @@ def test_request_precedes_the_prompts_of_all_lines_but_one() -> None:
         answering = [setup.answering(line(guided("held")))]
         await entered(clip.entered)
         answering += [setup.answering(line(guided(f"line {number}"), number=number)) for number in (2, 3)]
-        score = {"images": [PICTURE], "prompts": ["score of line 4"]}
-        answering.append(setup.answering(line(score, "/score", 4)))
         await turns()
         assert len(setup.service.clip._prompts) == 1
         interactive = asyncio.create_task(setup.client.post("/generate", json=guided("request")))
@@ -449,7 +448,7 @@ def test_request_precedes_the_prompts_of_all_lines_but_one() -> None:
         assert (await interactive).status_code == 200
         assert {answer.status for answer in await asyncio.gather(*answering)} == {200}
         assert clip.prompts[:2] == ["held", "request"]
-        assert sorted(clip.prompts[2:]) == ["line 2", "line 3", "score of line 4"]
+        assert sorted(clip.prompts[2:]) == ["line 2", "line 3"]
 
     run(check, FakeRunner(clip=clip))
 

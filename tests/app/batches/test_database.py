@@ -15,7 +15,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 
 from app.batches import database as database_module
-from app.batches.database import FILE, Database, DatabaseError
+from app.batches.database import FILE, STREAM_THREADS, THREADS, Database, DatabaseError
 from app.batches.tables import chunks, files
 from app.errors import StorageFull, StorageUnavailable
 from tests.app.batches.store import OWNER, Store
@@ -169,9 +169,14 @@ def test_stopped_server_is_unavailable_and_is_used_again_after_its_start(
     store.upload(b"more")
 
 
-def test_server_that_is_stopped_at_the_start_is_used_later(postgresql: PostgreSQL, remote: Database) -> None:
+def test_server_that_is_stopped_at_the_start_is_used_later(
+    postgresql: PostgreSQL, remote: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with stopped(postgresql), pytest.raises(StorageUnavailable):
         remote.open()
+    with pytest.raises(StorageUnavailable):  # It does not try again before RETRY_SECONDS.
+        remote.open()
+    monkeypatch.setattr(database_module, "RETRY_SECONDS", 0)
     assert Store(remote).rows(files) == []
 
 
@@ -275,54 +280,60 @@ def test_cancelled_run_waits_for_its_function(database: Database, fails: bool) -
     asyncio.run(main())
 
 
-def test_stream_yields_all_values_and_closes_its_generator(database: Database) -> None:
-    closed = threading.Event()
+def test_values_of_an_iterator_are_read_while_all_other_threads_are_busy(database: Database) -> None:
+    """Large downloads and other work do not delay each other."""
+    release = threading.Event()
 
-    def numbers() -> Iterator[int]:
+    async def main() -> list[int | None]:
+        busy = [asyncio.create_task(database.run(release.wait)) for _ in range(2 * THREADS)]
+        values = iter([1, 2])
         try:
-            yield from range(5)
+            return [await database.next_of(values) for _ in range(3)]
         finally:
-            closed.set()
+            release.set()
+            await asyncio.gather(*busy)
 
-    async def main() -> list[int]:
-        return [number async for number in database.stream(numbers())]
-
-    assert asyncio.run(main()) == [0, 1, 2, 3, 4]
-    assert closed.is_set()
-    assert asyncio.run(collect(database, iter([1, 2]))) == [1, 2]
+    assert asyncio.run(main()) == [1, 2, None]
 
 
-async def collect(database: Database, values: Iterator[int]) -> list[int]:
-    return [value async for value in database.stream(values)]
+def test_work_is_done_while_the_threads_for_downloads_are_busy(database: Database) -> None:
+    release = threading.Event()
 
-
-def test_stream_that_is_left_early_closes_its_generator(database: Database) -> None:
-    closed = threading.Event()
-
-    def numbers() -> Iterator[int]:
-        try:
-            yield from range(1000)
-        finally:
-            closed.set()
+    def values() -> Iterator[int]:
+        release.wait()
+        yield 1
 
     async def main() -> int:
-        async with contextlib.aclosing(database.stream(numbers())) as stream:
-            async for number in stream:
-                if number == 3:
-                    return number
-        raise AssertionError
+        busy = [asyncio.create_task(database.next_of(values())) for _ in range(2 * STREAM_THREADS)]
+        try:
+            return await database.run(lambda: 2)
+        finally:
+            release.set()
+            await asyncio.gather(*busy)
 
-    assert asyncio.run(main()) == 3
-    assert closed.is_set()
+    assert asyncio.run(main()) == 2
 
 
-def test_stream_raises_the_exception_of_its_generator(database: Database) -> None:
-    def numbers() -> Iterator[int]:
+def test_exception_of_an_iterator_is_raised(database: Database) -> None:
+    def values() -> Iterator[int]:
         yield 1
         raise ZeroDivisionError
 
+    async def main() -> None:
+        iterator = values()
+        assert await database.next_of(iterator) == 1
+        await database.next_of(iterator)
+
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(collect(database, numbers()))
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize("url", ["postgresql://u:secret@host:notaport/db", "postgresql://[u:secret", "postgresql//x"])
+def test_invalid_url_is_refused_at_the_start_without_showing_it(tmp_path: Path, url: str) -> None:
+    with pytest.raises(DatabaseError, match="UNFOG_DATABASE_URL is invalid") as raised:
+        Database(tmp_path, url)
+    assert "secret" not in str(raised.value)
+    assert raised.value.__suppress_context__
 
 
 def test_closed_database_waits_for_its_work(database: Database) -> None:

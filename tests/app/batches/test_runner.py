@@ -396,7 +396,10 @@ def test_expired_batch_stops_its_lines_and_ends(store: Store) -> None:
     asyncio.run(main())
 
 
-def test_stopped_runner_stores_its_answers_and_gives_the_other_lines_back(store: Store) -> None:
+def test_stopped_runner_stores_its_answers_and_gives_the_other_lines_back(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "FEWEST_IMAGES", LINES_TAKEN * 2)
     batch = store.create(LINES_TAKEN * 2)
 
     async def main() -> None:

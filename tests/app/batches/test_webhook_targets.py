@@ -108,6 +108,14 @@ def test_refusal_without_hosts_or_secret_names_the_setting(
         WebhookTargets(hosts, permits_private=False, has_secret=has_secret).check(f"https://{HOST}/")
 
 
+@pytest.mark.parametrize("url", ["https://127.0.0.1/", "https://[::1]:8443/", "https://10.0.0.1:8443/hook"])
+def test_private_address_in_a_url_is_refused_unless_it_is_permitted(url: str) -> None:
+    hosts = ("127.0.0.1", "[::1]", "10.0.0.1")
+    WebhookTargets(hosts, permits_private=True).check(url)
+    with pytest.raises(FieldError, match="UNFOG_WEBHOOK_PRIVATE"):
+        WebhookTargets(hosts, permits_private=False).check(url)
+
+
 @pytest.mark.parametrize("address", PRIVATE)
 def test_private_or_special_address_is_not_public(address: str) -> None:
     assert not is_public(address)

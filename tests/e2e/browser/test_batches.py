@@ -33,7 +33,7 @@ REFUSED = {
     401: ("unauthorized", "This service accepts only requests with an API key"),
     409: ("conflict", "The batch has ended with the status completed"),
     503: ("storage_unavailable", "The database of files and batches does not answer"),
-    507: ("storage_full", "There is no room for files and results. Delete files, or retry later"),
+    507: ("storage_full", "The storage of files and results is full. Tell the operator, or retry later"),
 }
 
 
@@ -236,7 +236,7 @@ def test_refused_cancel_says_why_and_can_be_repeated(service: Service, open_page
     batches.refusals = {"/cancel": 507}
     page = open_page(service, STATUS, batches.prepare)
     button(page, "Cancel").click()
-    expect(items(page).locator(".error")).to_contain_text(["There is no room for files and results."])
+    expect(items(page).locator(".error")).to_contain_text(["The storage of files and results is full."])
     expect(button(page, "Cancel")).to_have_attribute("aria-disabled", "false")
     batches.refusals, batches.batches = {"/cancel": 409}, [ended()]  # it ends before the request arrives
     button(page, "Cancel").click()

@@ -241,7 +241,7 @@ def test_client_that_sends_a_few_bytes_at_a_time_is_refused(store: Store, monkey
     monkeypatch.setattr(file_upload, "monotonic", lambda: next(ticks))
     store.read_timeout = 5.0
     body = body_of(PURPOSE, ("file", "large", b"a" * 1000))
-    with pytest.raises(errors.RequestTimeout, match="more slowly than 16 KiB/s"):
+    with pytest.raises(errors.RequestTimeout, match="more slowly than 32 KiB/s"):
         store.upload(body, size=100)
     assert store.num_rows == 0
 

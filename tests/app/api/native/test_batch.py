@@ -265,6 +265,9 @@ def test_new_viewer_does_not_raise_the_rate_of_the_others() -> None:
 def test_engine_publishes_nothing_without_viewers(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with application(FakeRunner()) as app:
+            for _ in range(5):  # The workers of batches begin their tasks.
+                await asyncio.sleep(0)
+            tasks = asyncio.all_tasks()
             client = Client(app)
             await client.idle()
             await client.leave()
@@ -275,7 +278,7 @@ def test_engine_publishes_nothing_without_viewers(monkeypatch: pytest.MonkeyPatc
             monkeypatch.setattr(app.state.service.engine.feed, "publish", fail)
             await finish(app, new_job(5, num_steps=20))
             assert not app.state.service.engine.feed.is_wanted
-            assert len(asyncio.all_tasks()) == 1
+            assert asyncio.all_tasks() == tasks
 
     asyncio.run(main())
 
