@@ -27,6 +27,8 @@ METRICS = {
     "unfog_denoise_step_duration_seconds": ("histogram", set()),
     "unfog_network_seconds": ("counter", set()),
     "unfog_batch_rows": ("histogram", set()),
+    "unfog_batch_lines": ("counter", {"result"}),
+    "unfog_unfinished_batches": ("gauge", set()),
     "unfog_encode_duration_seconds": ("histogram", set()),
     "unfog_model_info": ("gauge", {"name", "sha256", "device", "dtype", "version"}),
     "unfog_log_lines_dropped": ("counter", set()),

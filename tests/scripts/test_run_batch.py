@@ -59,7 +59,10 @@ def run(source: Path, output: Path) -> int:
 
 
 def start(source: Path, output: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "scripts.run_batch", "-i", str(source), "-o", str(output)]
+    # A shell starts a background command with SIGINT ignored, and the processes of its tests inherit this.
+    code = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "runpy.run_module('scripts.run_batch', run_name='__main__')"
+    command = [sys.executable, "-c", code, "-i", str(source), "-o", str(output)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
