@@ -11,7 +11,7 @@ training      images per second of scripts.train and of a plain training loop, a
 endurance     an hour of mixed load; fails if memory grows or if an image changes
 memory        highest memory of the service under load, without and with CLIP
 versions      throughput and latency of this version and of the version in the folder --base
-batches       latency of requests beside a running batch, and the throughput of the batch
+batches       latency of requests while a batch runs, and the throughput of the batch
 streams       throughput while every client streams previews, and while a viewer reads the batch events
 host          host cost of the service: its work on the processor while the device computes; also compared with --base
 profile       time of each kind of kernel in a reverse step, not compiled and compiled

@@ -102,7 +102,7 @@ def _parquet_parts(pa: Any, pq: Any, answers: Answers) -> Iterator[bytes]:
     info = {"info": {"features": {"image": {"_type": "Image"}, **features}}}
     schema = pa.schema(types, metadata={"huggingface": json.dumps(info)})
     sink = _Sink()
-    # Statistics of the images would stay in memory until the end, and nobody selects rows by the bytes of an image.
+    # Statistics of the images would stay in memory until the end, and no query selects rows by the bytes of an image.
     options = {"use_dictionary": ["seed", "label"], "write_statistics": list(COLUMNS)}
     with pq.ParquetWriter(sink, schema, **options) as writer:
         for rows in _groups(answers):

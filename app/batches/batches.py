@@ -199,11 +199,6 @@ class Batches:
         if batch.output_file_id and not self.get(owner, batch_id).output_file_id:
             raise NotFound(DELETED)
 
-    def num_unfinished(self) -> int:
-        """Returns the number of unfinished batches of all owners."""
-        with self._database.read() as connection:
-            return int(connection.scalar(sa.select(sa.func.count()).where(batches.c.status.in_(UNFINISHED))) or 0)
-
     # The methods below are for workers.
 
     def beat(self, *, is_alone: bool) -> None:

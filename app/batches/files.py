@@ -149,7 +149,7 @@ class Upload:
 
 
 def new_id(prefix: str) -> str:
-    """Returns a random id."""
+    """Returns the prefix with 24 random hexadecimal digits."""
     return prefix + secrets.token_hex(12)
 
 

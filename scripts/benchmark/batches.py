@@ -1,7 +1,7 @@
 """Measures what a running batch costs other requests, and which throughput it has.
 
 A client sends one request after the other, with random pauses, so that the service is idle for a part of the time. It
-is measured alone and beside a batch, alternately, with one process of the service. No image has guidance, so that the
+is measured alone and with a batch, alternately, with one process of the service. No image has guidance, so that the
 work is counted in rows: one row is one image in one step.
 
 The throughput that is left for the batch is that of a batch alone, times the share of the time in which the service
@@ -36,7 +36,7 @@ IMAGES_OF_A_LINE = 10
 LINES = 20_000  # more than a measurement can answer
 START_SECONDS = 60  # until a batch must be running
 SETTLE_SECONDS = 3.0
-COLUMNS = ("client", "p95 alone, s", "p95 beside a batch, s", "ratio", "batch throughput / remaining throughput")
+COLUMNS = ("client", "p95 alone, s", "p95 with a batch, s", "ratio", "batch throughput / remaining throughput")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ CLIENTS = (
 
 
 def measure_batches(repeats: int, seconds: float, out: Path, reporter: Reporter) -> None:
-    """Measures all clients alone and beside a batch, writes the results and prints the table."""
+    """Measures all clients alone and with a batch, writes the results and prints the table."""
     rows = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
         contestant = this_service(data_dir=folder)

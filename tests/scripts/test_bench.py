@@ -120,7 +120,7 @@ def test_batches_measures_requests_alone_and_beside_a_batch(
     for client in row["clients"].values():
         assert 0 < client["busy"] < 1
         assert min(client["alone"] + client["beside"]) > 0
-    assert "| client | p95 alone, s | p95 beside a batch, s | ratio |" in capsys.readouterr().out
+    assert "| client | p95 alone, s | p95 with a batch, s | ratio |" in capsys.readouterr().out
 
 
 @pytest.mark.slow

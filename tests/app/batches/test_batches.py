@@ -49,7 +49,7 @@ def test_new_batch_is_validating(store: Store) -> None:
     assert (batch.status, batch.metadata, batch.endpoint) == ("validating", {"name": "ü"}, ENDPOINT)
     assert batch.expires_at - batch.created_at == COMPLETION_SECONDS
     assert (batch.total, batch.errors, batch.output_file_id, batch.in_progress_at) == (0, (), None, None)
-    assert store.batches.num_unfinished() == 1
+    assert [each.id for each in store.batches.active()] == [batch.id]
 
 
 @pytest.mark.parametrize(
