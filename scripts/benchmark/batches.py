@@ -14,7 +14,7 @@ import random
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,25 +85,42 @@ def measure_batches(repeats: int, seconds: float, out: Path, reporter: Reporter)
 
 
 def table_of(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Returns a row for each client: 95th percentiles over all repeats, and the median share with its range."""
+    """Returns a row for each client: 95th percentiles over all repeats, and the median share.
+
+    The ratio and the share have the range of the repeats.
+    """
     table = []
     for client in CLIENTS:
         found = [row["clients"][client.name] for row in rows]
         alone, beside = (
             percentile([latency for each in found for latency in each[name]], 0.95) for name in ("alone", "beside")
         )
+        ratios = [_ratio(each) for each in found]
+        ratio = f"{beside / alone:.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
         shares = with_spread([each["share"] for each in found])
-        table.append([client.name, f"{alone:.3f}", f"{beside:.3f}", f"{beside / alone:.2f}", shares])
+        table.append([client.name, f"{alone:.3f}", f"{beside:.3f}", ratio, shares])
     return table
 
 
+def _ratio(found: dict[str, Any]) -> float:
+    """Returns the 95th percentile of a client with a batch, divided by the one without it."""
+    return percentile(found["beside"], 0.95) / percentile(found["alone"], 0.95)
+
+
 def _measure_all(running: Running, contestant: Contestant, repeat: int, seconds: float) -> dict[str, Any]:
-    """Returns the figures of one repeat. The order of the measurements changes with the repeat."""
-    alone = {client.name: _phase(running, client, repeat, seconds) for client in CLIENTS}
-    with _batch(running):
-        beside = {client.name: _phase(running, client, repeat, seconds) for client in CLIENTS}
-        only = _phase(running, None, repeat, seconds)
-    saturated = _saturated(running, contestant, repeat, seconds)
+    """Returns the figures of one repeat.
+
+    Every second repeat has the opposite order, so that a machine that becomes slower favours neither side.
+    """
+    order = CLIENTS if repeat % 2 else CLIENTS[::-1]
+    if repeat % 2:
+        saturated = _saturated(running, contestant, repeat, seconds)
+        beside, only = _with_batch(running, order, repeat, seconds)
+        alone = _each(running, order, repeat, seconds)
+    else:
+        alone = _each(running, order, repeat, seconds)
+        beside, only = _with_batch(running, order, repeat, seconds)
+        saturated = _saturated(running, contestant, repeat, seconds)
     clients = {}
     for client in CLIENTS:
         quiet, busy = alone[client.name], beside[client.name]
@@ -116,6 +133,18 @@ def _measure_all(running: Running, contestant: Contestant, repeat: int, seconds:
             "share": share,
         }
     return {"repeat": repeat, "clients": clients, "alone": only.rows / saturated, "batch_rows": only.rows}
+
+
+def _each(running: Running, clients: Iterable[Client], repeat: int, seconds: float) -> dict[str, Phase]:
+    return {client.name: _phase(running, client, repeat, seconds) for client in clients}
+
+
+def _with_batch(
+    running: Running, clients: Iterable[Client], repeat: int, seconds: float
+) -> tuple[dict[str, Phase], Phase]:
+    """Returns the phase of each client beside a running batch, and the phase of the batch alone."""
+    with _batch(running):
+        return _each(running, clients, repeat, seconds), _phase(running, None, repeat, seconds)
 
 
 def _saturated(running: Running, contestant: Contestant, repeat: int, seconds: float) -> float:
@@ -210,6 +239,5 @@ def _upload(url: str, content: bytes) -> str:
 def _summary(row: dict[str, Any]) -> str:
     found = list[str]()
     for name, each in row["clients"].items():
-        ratio = percentile(each["beside"], 0.95) / percentile(each["alone"], 0.95)
-        found.append(f"{name}: p95 {ratio:.2f}, share {each['share']:.2f}")
+        found.append(f"{name}: p95 {_ratio(each):.2f}, share {each['share']:.2f}")
     return f"{row['repeat'] + 1}: {'; '.join(found)}; alone {row['alone']:.2f}"
