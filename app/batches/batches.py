@@ -27,7 +27,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from app.batches.database import Database
-from app.batches.files import Limits, check_stored, clean_files, new_id, result_pages, uploaded_blocks
+from app.batches.files import Limits, check_stored, clean_files, lock_quota, new_id, page, result_pages, uploaded_blocks
 from app.batches.lines import InputLine, InputReader
 from app.batches.rates import Rates
 from app.batches.records import (
@@ -110,6 +110,7 @@ class Batches:
             self._check_webhook(new.webhook_url)
         batch_id, now = new_id("batch_"), time.time()
         with self._database.write() as connection:
+            lock_quota(connection, owner)
             owned = sa.select(sa.func.count()).where(batches.c.owner == owner, batches.c.status.in_(UNFINISHED))
             if (connection.scalar(owned) or 0) >= MOST_UNFINISHED:
                 raise QuotaExceeded(f"The limit of {MOST_UNFINISHED} unfinished batches is reached. Retry later")
@@ -155,16 +156,12 @@ class Batches:
         """
         query = sa.select(batches).where(batches.c.owner == owner)
         with self._database.read() as connection:
-            if after:
-                try:
-                    last = _row(connection, owner, after)
-                except NotFound:
-                    raise FieldError("after", NOT_FOUND) from None
-                place = sa.tuple_(sa.literal(last.created_at, sa.Double), sa.literal(last.id))
-                query = query.where(sa.tuple_(batches.c.created_at, batches.c.id) < place)
-            query = query.order_by(batches.c.created_at.desc(), batches.c.id.desc())
-            rows = connection.execute(query.limit(limit + 1)).all()
-        return [self._batch_of(row) for row in rows[:limit]], len(rows) > limit
+            try:
+                last = _row(connection, owner, after) if after else None
+            except NotFound:
+                raise FieldError("after", NOT_FOUND) from None
+            rows, has_more = page(connection, query, batches, last, limit, newest_first=True)
+        return [self._batch_of(row) for row in rows], has_more
 
     def cancel(self, owner: str, batch_id: str) -> Batch:
         """Cancels a batch. Raises NotFound, and Conflict if the batch has ended.

@@ -6,7 +6,7 @@ list, and expires if no chunk arrives for UPLOAD_SECONDS.
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ class Files:
         """Begins an upload. Raises QuotaExceeded if the owner has too many files or bytes."""
         file_id, now, limits = new_id("file-"), time.time(), self._limits
         with self._database.write() as connection:
+            lock_quota(connection, owner)
             uploads = sa.select(sa.func.count()).where(files.c.owner == owner, files.c.purpose == UPLOADED)
             if (connection.scalar(uploads.where(files.c.expires_at > now)) or 0) >= limits.files:
                 raise QuotaExceeded(f"The limit of {limits.files} files is reached. Delete some of them first")
@@ -69,22 +70,16 @@ class Files:
 
         Raises FieldError if no file has the id `after`.
         """
-        order = sa.tuple_(files.c.created_at, files.c.id)
         query = sa.select(files).where(files.c.owner == owner, _found, _unexpired())
         if purpose:
             query = query.where(files.c.purpose == purpose)
         with self._database.read() as connection:
-            if after:
-                try:
-                    last = _row(connection, owner, after)
-                except NotFound:
-                    raise FieldError("after", NOT_FOUND) from None
-                place = sa.tuple_(sa.literal(last.created_at, sa.Double), sa.literal(last.id))
-                query = query.where(order < place if newest_first else order > place)
-            ascending = (files.c.created_at, files.c.id)
-            query = query.order_by(*(column.desc() if newest_first else column for column in ascending))
-            rows = connection.execute(query.limit(limit + 1)).all()
-        return [_file_of(row) for row in rows[:limit]], len(rows) > limit
+            try:
+                last = _row(connection, owner, after) if after else None
+            except NotFound:
+                raise FieldError("after", NOT_FOUND) from None
+            rows, has_more = page(connection, query, files, last, limit, newest_first=newest_first)
+        return [_file_of(row) for row in rows], has_more
 
     def delete(self, owner: str, file_id: str) -> None:
         """Deletes a file and its content. Raises NotFound, and Conflict while a batch reads the file."""
@@ -124,6 +119,7 @@ class Upload:
         if self._size > self._limits.file_bytes:
             raise BodyTooLarge(self._limits.file_bytes)
         with self._database.write() as connection:
+            lock_quota(connection, self._owner)
             check_stored(connection, self._owner, self._limits, more=len(chunk))
             connection.execute(chunks.insert().values(file_id=self._id, number=self._num_chunks, data=chunk))
             if not self._update(connection, bytes=self._size, expires_at=time.time() + UPLOAD_SECONDS):
@@ -151,6 +147,35 @@ class Upload:
 def new_id(prefix: str) -> str:
     """Returns the prefix with 24 random hexadecimal digits."""
     return prefix + secrets.token_hex(12)
+
+
+def page(
+    connection: Connection,
+    query: sa.Select[Any],
+    table: sa.Table,
+    last: Row[Any] | None,
+    limit: int,
+    *,
+    newest_first: bool,
+) -> tuple[Sequence[Row[Any]], bool]:
+    """Returns at most `limit` rows of a query that come after the row `last`, and True if there are more."""
+    columns = (table.c.created_at, table.c.id)
+    if last is not None:
+        order = sa.tuple_(*columns)
+        place = sa.tuple_(sa.literal(last.created_at, sa.Double), sa.literal(last.id))
+        query = query.where(order < place if newest_first else order > place)
+    query = query.order_by(*(column.desc() if newest_first else column for column in columns))
+    rows = connection.execute(query.limit(limit + 1)).all()
+    return rows[:limit], len(rows) > limit
+
+
+def lock_quota(connection: Connection, owner: str) -> None:
+    """Makes other transactions that check the quotas of the owner wait for the end of this one.
+
+    SQLite has only one transaction that writes at the same time, and needs no lock.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(owner, 0))))
 
 
 def check_stored(connection: Connection, owner: str, limits: Limits, more: int = 0) -> None:

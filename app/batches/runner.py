@@ -85,7 +85,7 @@ class BatchRunner:
         self._new = deque[str]()  # the batches that are to be validated
         self._is_woken, self._may_feed, self._has_answers = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._has_new = asyncio.Event()
-        self._has_storage = True
+        self._waiting = set[Callable[[], Awaitable[None]]]()  # the loops whose last use of the database has failed
         self._has_database, self._is_alive = asyncio.Event(), asyncio.Event()
 
     def wake(self) -> None:
@@ -106,11 +106,11 @@ class BatchRunner:
         while True:
             try:
                 await loop()
-                self._has_storage = True
+                self._waiting.discard(loop)
             except (StorageUnavailable, StorageFull) as error:
-                if self._has_storage:
+                if not self._waiting:
                     log.warning("Batches wait for the database", extra={"error": error.detail})
-                self._has_storage = False
+                self._waiting.add(loop)
                 await asyncio.sleep(RETRY_SECONDS)
             except Exception:  # A bug must not end the other loops.
                 log.exception("Error in the batch runner, which continues")

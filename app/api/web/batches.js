@@ -152,11 +152,12 @@ class Row {
 
   showProgress({ status, request_counts: { total, completed, failed }, images, images_per_second, seconds_left }) {
     const isRunning = status === "in_progress";
+    const isPartial = status === "cancelled" || status === "expired"; // then `failed` includes lines without an answer
     this.bar.max = Math.max(1, total);
     this.bar.value = completed + failed;
     const parts = [
-      `${number(completed + failed)} of ${number(total)} line${total === 1 ? "" : "s"}`,
-      failed && `${number(failed)} failed`,
+      `${number(isPartial ? completed : completed + failed)} of ${number(total)} line${total === 1 ? "" : "s"}`,
+      failed && `${number(failed)} failed${isPartial ? " or not answered" : ""}`,
       images && `${number(images)} image${images === 1 ? "" : "s"}`,
       isRunning && images_per_second && `${images_per_second.toFixed(1)} images per second`,
       isRunning && seconds_left !== null && `about ${period(seconds_left)} left`,

@@ -4,6 +4,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,12 +14,13 @@ import sqlalchemy as sa
 
 from app.batches import batches as batches_module
 from app.batches.batches import LEASE_SECONDS
+from app.batches.files import Limits
 from app.batches.lines import InputLine
 from app.batches.records import Batch, Line, NewBatch
 from app.batches.tables import batches, lines
 from app.batches.tables import workers as seen_workers
-from app.errors import NotFound
-from tests.app.batches.store import HOOK, OWNER, Store, content_of
+from app.errors import NotFound, QuotaExceeded
+from tests.app.batches.store import HOOK, LIMITS, OWNER, Store, content_of
 
 AddWorker = Callable[[], Store]
 TIMEOUT = 60  # seconds for another thread before the test fails
@@ -274,6 +277,23 @@ def succeeds(work: Callable[[], Any]) -> bool:
     except Exception:
         return False
     return True
+
+
+@pytest.mark.parametrize("limits", [replace(LIMITS, files=5), replace(LIMITS, stored_bytes=5)], ids=["files", "bytes"])
+def test_uploads_at_the_same_time_do_not_exceed_the_quota(
+    workers: AddWorker, pool: ThreadPoolExecutor, limits: Limits
+) -> None:
+    store = Store(workers().database, limits)
+
+    def upload() -> bool:
+        with suppress(QuotaExceeded):
+            store.upload(b"x")
+            return True
+        return False
+
+    for _ in range(3):
+        assert sum(together(pool, [upload] * 8)) <= 5
+    assert len(store.files.list(OWNER, limit=100)[0]) == 5
 
 
 def test_lines_are_taken_while_another_worker_holds_some(workers: AddWorker) -> None:

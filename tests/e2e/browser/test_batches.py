@@ -226,6 +226,8 @@ def test_cancel_is_sent_once_and_the_focus_stays(service: Service, open_page: Op
     batches.batches = [ended("cancelled")]
     wait_for_list(page, batches)
     expect(items(page)).to_contain_text("Cancelled")
+    text = "9,988 of 10,000 lines, 12 failed or not answered, 39,952 images"
+    expect(items(page).get_by_text(text, exact=True)).to_be_visible()
     expect(button(page, "Cancel")).to_have_count(0)
     expect(items(page).get_by_role("link", name="Results")).to_be_focused()
 
