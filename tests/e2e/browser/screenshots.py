@@ -1,16 +1,19 @@
-"""Takes the pictures of the page for the documents: `python -m tests.e2e.browser.screenshots URL FOLDER`.
+"""Takes the pictures of the page for the documents: `python -m tests.e2e.browser.screenshots URL FOLDER [NAME ...]`.
 
-URL is a running service with the shipped models and CLIP. Needs Chromium and the development extras.
+URL is a running service with the shipped models and CLIP, and without batches. With names, such as `batches`, takes
+only these pictures. Needs Chromium and the development extras.
 """
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+from openai import OpenAI
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from tests.e2e.batch_client import GENERATIONS, drawings, jsonl
 from tests.e2e.browser.conftest import DESKTOP, arguments, program
 from tests.e2e.browser.views import wait_until_finished
 
@@ -67,13 +70,27 @@ def status(page: Page) -> None:
         page.wait_for_timeout(4000)
 
 
+def batches(page: Page) -> None:
+    """Creates two batches, and waits until the smaller one has ended."""
+    client = OpenAI(base_url=f"{page.url.partition('#')[0]}v1", api_key="none")
+    for name, count in (("1,000 digits", 100), ("One of each digit", 10)):
+        file = client.files.create(file=("digits.jsonl", jsonl(drawings(count, n=10))), purpose="batch")
+        client.batches.create(
+            input_file_id=file.id, endpoint=GENERATIONS, completion_window="24h", metadata={"name": name}
+        )
+    expect(page.locator("#batch-list > li").first).to_contain_text("Completed", timeout=120_000)
+    page.locator("#batches").scroll_into_view_if_needed()
+
+
 VIEWS: dict[str, tuple[str, str, Callable[[Page], None]]] = {
     "generate": (RUN, "dark", generate),
     "understand": ("#/understand", "light", understand),
     "draw": ("#/draw", "light", draw),
     "batch": ("#/batch", "dark", batch),
     "status": ("#/status", "light", status),
+    "batches": ("#/status", "light", batches),
 }
+PARTS = {"batches": "#batches"}  # the part of the view that the picture shows
 
 
 def open_view(browser: Browser, url: str, hash_: str, scheme: str, size: dict[str, int]) -> Page:
@@ -82,17 +99,23 @@ def open_view(browser: Browser, url: str, hash_: str, scheme: str, size: dict[st
     return page
 
 
-def picture_of(page: Page, *, full_page: bool = False) -> Image.Image:
-    return Image.open(io.BytesIO(page.screenshot(full_page=full_page))).convert("RGB")
+def picture_of(page: Page, *, full_page: bool = False, part: str | None = None) -> Image.Image:
+    shot = page.locator(part).screenshot() if part else page.screenshot(full_page=full_page)
+    return Image.open(io.BytesIO(shot)).convert("RGB")
 
 
-def main(url: str, folder: Path) -> None:
+def main(url: str, folder: Path, names: Collection[str]) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program(), args=arguments())
         for name, (hash_, scheme, prepare) in VIEWS.items():
+            if names and name not in names:
+                continue
             page = open_view(browser, url, hash_, scheme, DESKTOP)
             prepare(page)
-            picture_of(page, full_page=name == "understand").save(folder / f"page-{name}.webp", quality=85, method=6)
+            picture = picture_of(page, full_page=name == "understand", part=PARTS.get(name))
+            picture.save(folder / f"page-{name}.webp", quality=85, method=6)
+        if names:
+            return
         frames = animation(open_view(browser, url, RUN, "dark", SMALL))
         times = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
         path = folder / "page.webp"
@@ -114,4 +137,4 @@ def animation(page: Page) -> list[Image.Image]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
