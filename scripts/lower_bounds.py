@@ -9,13 +9,14 @@ import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
-_LOWER_BOUND = re.compile(r"(?P<name>[A-Za-z0-9._-]+)>=(?P<version>[0-9.]+)(,|$)")
+_LOWER_BOUND = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(\[\w+\])?>=(?P<version>[0-9.]+)(,|$)")
 
 
 def runtime_requirements(pyproject: Path) -> list[str]:
-    """Returns the requirements of the container image: the dependencies and the extra `traces`."""
+    """Returns the requirements of the service: the dependencies and the extras that only the service needs."""
     project = tomllib.loads(pyproject.read_text())["project"]
-    return [*project["dependencies"], *project["optional-dependencies"]["traces"]]
+    extras = project["optional-dependencies"]
+    return [*project["dependencies"], *(each for name in ("traces", "postgres", "parquet") for each in extras[name])]
 
 
 def lower_bounds(requirements: Iterable[str]) -> list[str]:

@@ -146,7 +146,8 @@ def test_constraints_are_exact_versions_within_the_declared_ranges() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {normalized(name): version for name, version in (line.split("==") for line in lines)}
     assert not {"torch", "torchvision", "unfog"} & pins.keys()
-    assert declared("traces", "train", "evaluate", "clip", "parquet") - {"torch", "torchvision", "unfog"} <= pins.keys()
+    extras = ("traces", "train", "evaluate", "clip", "parquet", "postgres")
+    assert declared(*extras) - {"torch", "torchvision", "unfog"} <= pins.keys()
     for requirement in [*PROJECT["dependencies"], *(r for e in EXTRAS.values() for r in e)]:
         if (name := name_of(requirement)) in pins:
             assert is_permitted(pins[name], requirement), requirement

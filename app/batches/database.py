@@ -54,7 +54,7 @@ FULL, FULL_STATE = "database or disk is full", "53100"
 SCHEMA_LOCK = 7_238_461  # of PostgreSQL, so that two processes do not create the tables at the same time
 
 INVALID_URL = "UNFOG_DATABASE_URL is invalid. Use the form postgresql://USER:PASSWORD@HOST:PORT/NAME"
-MISSING_DRIVER = "UNFOG_DATABASE_URL needs the extra `postgres`. Install it with: pip install 'unfog[postgres]'"
+MISSING_DRIVER = "UNFOG_DATABASE_URL needs the extra `postgres`. Install it with: pip install -e '.[postgres]'"
 
 T = TypeVar("T")
 

@@ -200,7 +200,7 @@ def test_full_disk_of_a_server_is_storage_full(remote: Database) -> None:
 
 def test_missing_driver_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(database_module, "find_spec", lambda name: None)
-    with pytest.raises(DatabaseError, match=r"pip install 'unfog\[postgres\]'"):
+    with pytest.raises(DatabaseError, match=r"pip install -e '\.\[postgres\]'"):
         Database(tmp_path, "postgresql://localhost/unfog")
     Database(tmp_path).close()  # SQLite needs no driver.
 
