@@ -216,7 +216,9 @@ def _start_batches(service: Service, lines: LineRequests) -> None:
             await asyncio.wait((ready,))
         return await lines.answer(line)
 
-    runner = BatchRunner(database, stored, answer, engine.full_step, stored.rates, meters, sender.wake)
+    runner = BatchRunner(
+        database, stored, answer, engine.full_step, lambda: engine.alive, stored.rates, meters, sender.wake
+    )
     batch_service.start(runner, sender)
 
 

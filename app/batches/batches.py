@@ -182,19 +182,25 @@ class Batches:
             return self._batch_of(_row(connection, owner, batch_id))
 
     def answers(self, owner: str, batch_id: str) -> Iterator[tuple[Line, bytes]]:
-        """Yields the lines that succeeded so far, in order, with the body of the response.
+        """Returns the lines that succeeded so far, in order, with the body of the response.
 
-        Raises NotFound, also if the output file was deleted, or is deleted meanwhile.
+        Raises NotFound, also if the output file was deleted. The iterator raises it if that happens meanwhile.
         """
-        batch = self.get(owner, batch_id)
-        if batch.status not in UNFINISHED and batch.completed and not batch.output_file_id:
-            raise NotFound(DELETED)
-        for rows, results in result_pages(self._database, batch_id, "completed"):
-            for row, result in zip(rows, results, strict=True):
-                body = json.dumps(json.loads(result)["response"]["body"]).encode()
-                yield Line(batch_id, row.number, row.custom_id, batch.endpoint, b""), body
-        if batch.output_file_id and not self.get(owner, batch_id).output_file_id:
-            raise NotFound(DELETED)
+
+        def checked() -> Batch:
+            batch = self.get(owner, batch_id)
+            if batch.status not in UNFINISHED and batch.completed and not batch.output_file_id:
+                raise NotFound(DELETED)
+            return batch
+
+        def read(endpoint: str) -> Iterator[tuple[Line, bytes]]:
+            for rows, results in result_pages(self._database, batch_id, "completed"):
+                for row, result in zip(rows, results, strict=True):
+                    body = json.dumps(json.loads(result)["response"]["body"]).encode()
+                    yield Line(batch_id, row.number, row.custom_id, endpoint, b""), body
+            checked()  # Lines whose results were deleted are missing.
+
+        return read(checked().endpoint)
 
     # The methods below are for workers.
 

@@ -9,9 +9,12 @@ Feed keeps enough lines in progress for two full steps of the engine. Batches sh
 has an equal part of the lines in progress, and the next line is that of the batch for which the fewest network
 evaluations were computed. A new batch begins with the smallest number of evaluations of the others.
 
+The memory of the lines that are claimed or in progress is limited, too, because a line can have pictures.
+
 If the database does not answer or is full, the answers wait, no further line is started, and the runner tries again. If
 the process is killed, its claims end: with SQLite at the next start, and with PostgreSQL after LEASE_SECONDS, when
-another worker notices it. The lines get the same seeds, and therefore the same images.
+another worker notices it. The lines get the same seeds, and therefore the same images. If the engine has failed for
+good, the runner gives up its claims, so that another worker can answer the lines.
 """
 
 import asyncio
@@ -19,8 +22,10 @@ import json
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from app.batches.batches import LEASE_SECONDS, ActiveBatch, Batches
 from app.batches.database import RETRY_SECONDS, Database
@@ -36,6 +41,7 @@ WATCH_SECONDS = LEASE_SECONDS / 10  # between two reads of a database that other
 CLEAN_SECONDS = 60.0  # between two deletions of what has expired
 LINES_TAKEN = 32  # lines that are claimed together
 FEWEST_IMAGES = 32  # in progress, even if full steps are small
+MOST_BYTES = 64 * 1024 * 1024  # of lines that are claimed or in progress; no line is claimed beyond this
 MOST_UNSTORED = 256  # answers that wait for the database; no line is started beyond this number
 UNANSWERED = {"error": {"message": InternalError.detail, "type": "server_error", "code": InternalError.code}}
 
@@ -51,6 +57,7 @@ class Work:
     lines: deque[Line] = field(default_factory=deque)  # claimed and not started
     running: dict[int, "asyncio.Task[None]"] = field(default_factory=dict)  # by the number of the line
     num_images: int = 0  # of the lines in progress
+    num_bytes: int = 0  # of the lines that are claimed or in progress
     num_answered: int = 0
     is_exhausted: bool = False  # True if the last search found no waiting line
 
@@ -69,19 +76,23 @@ class BatchRunner:
         batches: Batches,
         answer: Callable[[Line], Awaitable[LineAnswer]],
         full_step: Callable[[], int],
+        can_answer: Callable[[], bool],
         rates: Rates,
         metrics: Metrics,
         on_end: Callable[[], None],
     ) -> None:
         """`answer` answers a line. `full_step` returns the number of rows of a full step of the engine.
 
-        `on_end` is called when batches may have ended, so that their webhooks are sent at once.
+        `can_answer` returns False if the engine has failed for good. `on_end` is called when batches may have ended, so
+        that their webhooks are sent at once.
         """
         self._database, self._batches, self._answer_line = database, batches, answer
-        self._full_step, self._rates, self._metrics, self._on_end = full_step, rates, metrics, on_end
+        self._full_step, self._can_answer = full_step, can_answer
+        self._rates, self._metrics, self._on_end = rates, metrics, on_end
         self._work = dict[str, Work]()
         self._answers: list[tuple[Line, LineAnswer]] = []  # that are not stored yet
-        self._num_storing = 0
+        self._num_storing, self._storing = 0, asyncio.Lock()
+        self._heart = ThreadPoolExecutor(1, thread_name_prefix="batch-beat")  # which no other work can delay
         self._new = deque[str]()  # the batches that are to be validated
         self._is_woken, self._may_feed, self._has_answers = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._has_new = asyncio.Event()
@@ -117,13 +128,14 @@ class BatchRunner:
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _beat(self) -> None:
-        """Records that this worker is alive. It has a thread of its own, which no other work can delay.
+        """Records that this worker is alive.
 
         Without other workers, one record at the start is enough. It releases the claims of an earlier process.
         """
         if not self._database.exists:
             await self._has_database.wait()
-        await asyncio.to_thread(self._batches.beat, is_alone=not self._database.is_shared)
+        beat = partial(self._batches.beat, is_alone=not self._database.is_shared)
+        await asyncio.get_running_loop().run_in_executor(self._heart, beat)
         self._is_alive.set()
         if not self._database.is_shared:
             await asyncio.Event().wait()
@@ -142,7 +154,7 @@ class BatchRunner:
             await self._is_alive.wait()
             active = await self._database.run(self._batches.active)
             self._metrics.unfinished_batches.set(len(active))
-            answered = {each.id: each for each in active if each.is_answered}
+            answered = {each.id: each for each in active if each.is_answered and self._can_answer()}
             for batch in answered.values():
                 await self._continue(batch)
             left = {each.id for each in active if each.status is not BatchStatus.VALIDATING} | self._work.keys()
@@ -168,6 +180,8 @@ class BatchRunner:
         """Begins the work on a batch, or searches again for waiting lines, which another worker may have left."""
         work = self._work.get(batch.id)
         if work is None:
+            if await self._end_if_done(batch.id):  # An earlier process has answered its last line.
+                return
             fewest = min((each.evaluations for each in self._work.values()), default=0.0)
             self._work[batch.id] = Work(batch, fewest)
             self._rates.start(batch.id)
@@ -183,22 +197,29 @@ class BatchRunner:
         return self._num_storing > 0 or any(line.batch_id == batch_id for line, _ in self._answers)
 
     async def _leave(self, batch_id: str) -> None:
-        """Stops the work on a batch that is cancelled or expired or has ended. Ends it if no worker works on it."""
+        """Stops the work on a batch whose lines are not to be answered here. Ends it if it is to end and can.
+
+        Answers that exist are stored before the claims of their lines end.
+        """
         work = self._work.pop(batch_id, None)
         if work:
             tasks = list(work.running.values())
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        await self._store_answers()
         await self._database.run(self._batches.release, batch_id)
         await self._end_if_done(batch_id)
 
-    async def _end_if_done(self, batch_id: str) -> None:
-        if await self._database.run(self._batches.end_if_done, batch_id):
-            self._work.pop(batch_id, None)
-            self._rates.end(batch_id)
-            self._on_end()
-            self.wake()
+    async def _end_if_done(self, batch_id: str) -> bool:
+        """Ends a batch if it can end. Returns True if it has ended."""
+        if not await self._database.run(self._batches.end_if_done, batch_id):
+            return False
+        self._work.pop(batch_id, None)
+        self._rates.end(batch_id)
+        self._on_end()
+        self.wake()
+        return True
 
     async def _feed(self) -> None:
         """Starts one line, or waits until a line can be started."""
@@ -224,10 +245,13 @@ class BatchRunner:
         if sum(each.num_images for each in self._work.values()) >= most:
             return None
         count = max(1, min(LINES_TAKEN, most // len(unfed)))  # Many batches keep few claimed lines each.
+        is_full = sum(each.num_bytes for each in self._work.values()) >= MOST_BYTES
         for work in sorted(unfed, key=lambda each: each.evaluations):
             if self._work.get(work.batch.id) is not work:  # It was cancelled while the loop waited.
                 continue
             if work.num_images >= max(1, most // len(unfed)):
+                continue
+            if not work.lines and is_full:
                 continue
             if not work.lines:
                 taken = await self._database.run(self._batches.take, work.batch, count)
@@ -237,6 +261,7 @@ class BatchRunner:
                     self.wake()
                     continue
                 work.lines.extend(taken)
+                work.num_bytes += sum(len(line.body) for line in taken)
             if work.lines:
                 return work
         return None
@@ -251,6 +276,7 @@ class BatchRunner:
         finally:
             del work.running[line.number]
             work.num_images -= images
+            work.num_bytes -= len(line.body)
             work.evaluations -= cost
             self._may_feed.set()
         work.evaluations += answer.evaluations
@@ -262,16 +288,23 @@ class BatchRunner:
     async def _store(self) -> None:
         await self._has_answers.wait()
         self._has_answers.clear()
-        answers, self._answers = self._answers, []
-        self._num_storing = len(answers)
-        try:
-            stored = await self._database.run(self._batches.store, answers)
-        except BaseException:
-            self._answers = answers + self._answers
-            self._has_answers.set()
-            raise
-        finally:
-            self._num_storing = 0
+        await self._store_answers()
+
+    async def _store_answers(self) -> None:
+        """Stores the answers that are known. If it fails, they are kept."""
+        async with self._storing:
+            answers, self._answers = self._answers, []
+            if not answers:
+                return
+            self._num_storing = len(answers)
+            try:
+                stored = await self._database.run(self._batches.store, answers)
+            except BaseException:
+                self._answers = answers + self._answers
+                self._has_answers.set()
+                raise
+            finally:
+                self._num_storing = 0
         self._may_feed.set()
         self._metrics.batch_lines.labels("completed").inc(stored.completed)
         self._metrics.batch_lines.labels("failed").inc(stored.failed)
@@ -291,6 +324,7 @@ class BatchRunner:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._heart.shutdown(wait=False)
         if not self._database.exists:
             return
         answers, self._answers = self._answers, []

@@ -21,9 +21,11 @@ import secrets
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from ipaddress import IPv4Address, IPv6Network, ip_address
-from socket import SOCK_STREAM
+from socket import SOCK_STREAM, getaddrinfo
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
@@ -49,6 +51,7 @@ DELAYS = (5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 14 * 3600, 20 * 360
 JITTER = 0.1  # a delay is longer or shorter by at most this fraction
 SECRET_PREFIX = "whsec_"
 
+_LOOKUPS = ThreadPoolExecutor(MOST_TOGETHER, thread_name_prefix="webhook-lookup")
 _VISIBLE = re.compile(r"[!-~]+")  # ASCII without spaces and control characters
 _NAME = re.compile(r"(?=.{1,253}$)[0-9a-z_-]{1,63}(\.[0-9a-z_-]{1,63})*")
 _ENTRY = re.compile(r"(.+?)(?::([0-9]+))?")
@@ -73,8 +76,12 @@ class Target(NamedTuple):
 
 
 async def resolve_host(host: str, port: int) -> list[str]:
-    """Returns the addresses of a host, the best one first. Raises OSError if there are none."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=SOCK_STREAM)
+    """Returns the addresses of a host, the best one first. Raises OSError if there are none.
+
+    A name server that does not respond occupies a thread until the system gives up, so the lookups have their own.
+    """
+    lookup = partial(getaddrinfo, host, port, type=SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(_LOOKUPS, lookup)
     return [str(address[0]) for *_, address in found]
 
 

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import os
+import sqlite3
 import subprocess
 import threading
 import zipfile
@@ -13,9 +15,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
+from app.batches.batches import DELETED, NOT_FOUND
+from app.batches.database import FILE
 from tests.app.api.openai.samples import mask
 from tests.e2e.batch_client import (
     EDITS,
@@ -48,6 +53,7 @@ OWN: dict[str, dict[str, Any]] = {  # a request of each route
 UNKNOWN_FILE, UNKNOWN_BATCH = "file-" + 24 * "0", "batch_" + 24 * "0"
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 CREATE: dict[str, Any] = {"endpoint": GENERATIONS, "completion_window": "24h"}
+ARCHIVES = ("images.zip", "images.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -347,6 +353,39 @@ def test_archive_of_a_running_batch_has_the_images_so_far(batches: Batches) -> N
         assert len(archive.namelist()) >= 10
     batches.client.batches.cancel(batch.id)
     batches.end_of(batch)
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_archive_of_images_that_were_deleted_gives_404(batches: Batches, name: str) -> None:
+    batch = batches.end_of(batches.create(drawings(2)))
+    assert batch.output_file_id
+    batches.client.files.delete(batch.output_file_id)
+    for batch_id, detail in ((batch.id, DELETED), (UNKNOWN_BATCH, NOT_FOUND)):
+        for method in ("GET", "HEAD"):
+            response = batches.service.client.request(method, f"/batches/{batch_id}/{name}")
+            assert (response.status_code, response.headers["content-type"]) == (404, "application/problem+json")
+            if method == "GET":
+                assert (response.json()["code"], response.json()["detail"]) == ("not_found", detail)
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_archive_of_images_that_are_deleted_meanwhile_is_never_complete(
+    start_batches: StartBatches, tmp_path: Path, name: str
+) -> None:
+    batches = start_batches(UNFOG_DATA_DIR=str(tmp_path))
+    batch = batches.end_of(batches.create(drawings(24)))
+    assert batch.output_file_id
+    # The archive becomes larger than a row group and the buffers of a connection. Any bytes are an image here.
+    large = {"response": {"body": {"data": [{"b64_json": base64.b64encode(os.urandom(2**20)).decode()}]}}}
+    with closing(sqlite3.connect(tmp_path / FILE, timeout=TIMEOUT)) as database, database:
+        database.execute("UPDATE unfog_lines SET result = ?", (json.dumps(large).encode(),))
+    with batches.service.client.stream("GET", f"/batches/{batch.id}/{name}") as response:
+        assert response.status_code == 200
+        parts = response.iter_raw()
+        next(parts)
+        batches.client.files.delete(batch.output_file_id)
+        with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):
+            list(parts)
 
 
 def test_interactive_requests_wait_for_at_most_one_step_of_a_batch(batches: Batches) -> None:

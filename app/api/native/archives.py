@@ -78,10 +78,9 @@ async def _archive(
     """Returns the response with an archive. Raises NotFound, NotAvailable or Overloaded before the response starts."""
     check_id(batch_id, NOT_FOUND)
     context, batches, database = context_of(request.scope), service.batches.batches, service.batches.database
-    owner = context.owner
-    batch = await database.run(batches.get, owner, batch_id)
+    answers = await database.run(batches.answers, context.owner, batch_id)
     if not context.is_head:
         context.answered.enter_context(service.batches.one_archive())
-    blocks = await database.run(blocks_of, batches.answers(owner, batch.id))
-    disposition = f'attachment; filename="{batch.id}.{extension}"'
+    blocks = await database.run(blocks_of, answers)
+    disposition = f'attachment; filename="{batch_id}.{extension}"'
     return BlockStream(blocks, database, media_type, {"Content-Disposition": disposition})

@@ -3,13 +3,13 @@
 Everyone sees only the batches of their own API key.
 """
 
-from functools import partial
 from typing import Annotated
 
 from fastapi import Query, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from app.api.http.context import context_of
+from app.api.http.media_types import JSON
 from app.api.http.requests import read_body, read_json
 from app.api.openai.batch_operations import (
     BATCH_BODY,
@@ -79,14 +79,16 @@ async def create_batch(request: Request, service: ServiceDependency) -> JSONResp
         {400: INVALID, **READ},
     )
 )
-async def list_batches(
-    request: Request, service: ServiceDependency, limit: Limit = 20, after: After = ""
-) -> JSONResponse:
+async def list_batches(request: Request, service: ServiceDependency, limit: Limit = 20, after: After = "") -> Response:
     """Returns a page of the batches. The newest batch is the first one."""
-    batches = service.batches
-    find = partial(batches.batches.list, context_of(request.scope).owner, after=after or None, limit=limit)
-    found, has_more = await batches.database.run(find)
-    return JSONResponse(BatchList.of(found, has_more=has_more).model_dump(), headers=NO_STORE)
+    batches, owner = service.batches, context_of(request.scope).owner
+
+    def page() -> bytes:
+        found, has_more = batches.batches.list(owner, after=after or None, limit=limit)
+        return BatchList.of(found, has_more=has_more).model_dump_json().encode()
+
+    # A page can be so large that the event loop would wait too long for its JSON.
+    return Response(await batches.database.run(page), headers=NO_STORE, media_type=JSON)
 
 
 @router.operation(batch_operation(BATCH_PATH, "get_batch", "Get a batch", EXAMPLE_BATCH, {**READ, **NO_SUCH_BATCH}))

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from app.api.http.client_address import client_name
 from app.api.http.context import CLIENT_GONE, context_of
 from app.api.http.file_upload import SILENT, receive_file
-from app.api.http.media_types import MULTIPART, OCTETS
+from app.api.http.media_types import JSON, MULTIPART, OCTETS
 from app.api.http.requests import ClientGoneError, cancel_on_disconnect
 from app.api.openai.batch_operations import (
     EXAMPLE_FILE,
@@ -98,12 +98,17 @@ async def list_files(
     purpose: Purpose = "",
     after: After = "",
     order: Order = "desc",
-) -> JSONResponse:
+) -> Response:
     """Returns a page of the files."""
     batches, owner = service.batches, context_of(request.scope).owner
     find = partial(batches.files.list, purpose=purpose or None, after=after or None, limit=limit)
-    files, has_more = await batches.database.run(partial(find, owner, newest_first=order == "desc"))
-    return JSONResponse(FileList.of(files, has_more=has_more).model_dump(), headers=NO_STORE)
+
+    def page() -> bytes:
+        files, has_more = find(owner, newest_first=order == "desc")
+        return FileList.of(files, has_more=has_more).model_dump_json().encode()
+
+    # A page can be so large that the event loop would wait too long for its JSON.
+    return Response(await batches.database.run(page), headers=NO_STORE, media_type=JSON)
 
 
 @router.operation(batch_operation(FILE_PATH, "get_file", "Get a file", EXAMPLE_FILE, {**READ, **NO_SUCH_FILE}))

@@ -8,6 +8,7 @@ import pytest
 from app.batches import batches as batches_module
 from app.batches.batches import MOST_UNFINISHED
 from app.batches.database import Database
+from app.batches.files import FIRST_PAGE
 from app.batches.records import COMPLETION_SECONDS, Batch, BatchStatus, NewBatch
 from app.batches.tables import batches, lines
 from app.errors import Conflict, FieldError, NotFound, QuotaExceeded
@@ -94,7 +95,7 @@ def test_owner_has_a_limited_number_of_unfinished_batches(store: Store, monkeypa
 
 def test_other_owner_finds_no_batch(store: Store) -> None:
     batch = store.start(1)
-    for work in (store.batches.get, store.batches.cancel, lambda *args: list(store.batches.answers(*args))):
+    for work in (store.batches.get, store.batches.cancel, store.batches.answers):
         for owner, batch_id in ((OTHER, batch.id), (OWNER, "batch_unknown")):
             with pytest.raises(NotFound):
                 work(owner, batch_id)
@@ -220,6 +221,20 @@ def test_answers_are_those_that_succeeded_so_far(store: Store) -> None:
     found = list(store.batches.answers(OWNER, batch.id))
     assert [(line.number, line.custom_id) for line, _ in found] == [(2, "c2"), (3, "c3"), (4, "c4")]
     assert json.loads(found[0][1]) == {"status": 200}
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_answers_that_are_deleted_meanwhile_are_never_complete(store: Store, has_ended: bool) -> None:
+    batch = store.start(FIRST_PAGE + 1)
+    store.answer(store.take(batch))
+    if has_ended:
+        store.batches.end_if_done(batch.id)
+    found = store.batches.answers(OWNER, batch.id)
+    next(found)
+    store.batches.end_if_done(batch.id)
+    store.files.delete(OWNER, store.get(batch).output_file_id or "")
+    with pytest.raises(NotFound):
+        list(found)
 
 
 def test_lines_are_taken_once_in_order(store: Store) -> None:
@@ -452,7 +467,7 @@ def test_batch_names_no_file_that_was_deleted(store: Store) -> None:
     store.files.delete(OWNER, ended.output_file_id or "")
     assert (store.get(batch).output_file_id, store.get(batch).completed) == (None, 2)
     with pytest.raises(NotFound):
-        next(store.batches.answers(OWNER, batch.id))
+        store.batches.answers(OWNER, batch.id)
 
 
 def test_clean_deletes_batches_that_are_old_and_have_no_files(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

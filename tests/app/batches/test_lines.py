@@ -201,6 +201,19 @@ def test_nested_lines_are_read_or_refused_at_every_depth() -> None:
             assert deeper(60, lambda line=line: num_images_of(line.body)) == 1  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("text", ["é" * 1000, "\U0001f600", '\\ " \n \0'])
+def test_stored_body_is_not_longer_than_the_line(text: str) -> None:
+    line = json.dumps(GOOD | {"body": {"prompt": text}}, ensure_ascii=False).encode()
+    (found,), errors, _ = read(line)
+    assert (errors, json.loads(found.body)) == ([], {"prompt": text})
+    assert len(found.body) < len(line)
+
+
+def test_half_of_a_surrogate_pair_is_left_to_the_route() -> None:
+    (found,), errors, _ = read(changed(body={"prompt": "\ud83d"}))
+    assert (errors, json.loads(found.body)) == ([], {"prompt": "\ud83d"})
+
+
 def deeper(frames: int, work: Callable[[], int]) -> int:
     """Calls a function with a deeper stack."""
     return deeper(frames - 1, work) if frames else work()
@@ -219,6 +232,8 @@ def deeper(frames: int, work: Callable[[], int]) -> int:
         ({"n": "4"}, 1),
         ({"n": 2.5}, 1),
         ({"n": [1]}, 1),
+        ({"prompt": '"n": 9,', "n": 4}, 4),
+        ({"prompt": "7", "n": 4, "size": "28x28"}, 4),
     ],
 )
 def test_number_of_images_is_that_of_the_request(body: dict[str, Any], expected: int) -> None:

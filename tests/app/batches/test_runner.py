@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from app.batches import batches as batches_module
 from app.batches import runner as runner_module
 from app.batches.batches import LEASE_SECONDS
 from app.batches.database import Database
@@ -87,10 +88,17 @@ class Worker:
     """A runner in the event loop."""
 
     def __init__(self, store: Store, answers: Any, full_step: int = 1) -> None:
-        self.store, self.metrics = store, Metrics()
+        self.store, self.metrics, self.can_answer = store, Metrics(), True
         self._ended = asyncio.Event()
         self.runner = BatchRunner(
-            store.database, store.batches, answers, lambda: full_step, store.rates, self.metrics, self._ended.set
+            store.database,
+            store.batches,
+            answers,
+            lambda: full_step,
+            lambda: self.can_answer,
+            store.rates,
+            self.metrics,
+            self._ended.set,
         )
         self.task = asyncio.create_task(self.runner.run())
 
@@ -404,10 +412,10 @@ def test_stopped_runner_stores_its_answers_and_gives_the_other_lines_back(
 
     async def main() -> None:
         answers = Answers(is_open=False)
-        async with running(store, answers):
+        async with running(store, answers) as worker:
             await answers.until(lambda: len(answers.running) == LINES_TAKEN * 2)
             await answers.permit(5)
-            await answers.until(lambda: len(answers.running) == LINES_TAKEN * 2 - 5)
+            await until(lambda: worker.runner._work[batch.id].num_answered == 5)
         assert store.get(batch).completed == 5
         assert {row.claimed_by for row in store.rows(line_table)} == {None}
         again = Answers()
@@ -445,6 +453,99 @@ def test_answers_wait_for_the_database_and_are_stored_later(
 
     asyncio.run(main())
     assert failures == 3
+
+
+def test_answers_that_wait_for_the_database_are_kept_when_the_batch_is_cancelled(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = store.create(4)
+    is_full = True
+    write = store.batches.store
+
+    def write_later(answers: Sequence[Any]) -> Any:
+        if is_full:
+            raise StorageFull
+        return write(answers)
+
+    monkeypatch.setattr(store.batches, "store", write_later)
+
+    async def main() -> None:
+        nonlocal is_full
+        answers = Answers(is_open=False)
+        async with running(store, answers) as worker:
+            await answers.until(lambda: len(answers.running) == 4)
+            await answers.permit(3)
+            await until(lambda: len(worker.runner._answers) == 3)
+            await store.database.run(store.batches.cancel, OWNER, batch.id)
+            worker.runner.wake()
+            await until(lambda: len(answers.cancelled) == 1)
+            is_full = False
+            ended = await worker.until(batch, "cancelled")
+            assert (ended.completed, ended.failed) == (3, 1)
+
+    asyncio.run(main())
+
+
+def test_batch_whose_last_answer_an_earlier_process_stored_ends_at_the_start(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "WATCH_SECONDS", TIMEOUT * 10)
+    batch = store.start(3)
+    store.batches.beat(is_alone=True)
+    store.answer(store.take(batch))
+    assert store.get(batch).status == "in_progress"
+
+    async def main() -> None:
+        async with running(store, Answers()) as worker:
+            assert (await worker.until(batch, "completed")).completed == 3
+
+    asyncio.run(main())
+
+
+def test_lines_in_memory_are_limited_in_bytes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "MOST_BYTES", 3000)
+    monkeypatch.setattr(batches_module, "BYTES_TOGETHER", 1000)
+    batches = [store.create(content_of(20, text="x" * 900)) for _ in range(3)]
+    before = list[int]()  # the bytes in memory before each claim
+    take = store.batches.take
+
+    async def main() -> None:
+        answers = Answers(is_open=False)
+        async with running(store, answers, full_step=100) as worker:
+
+            def num_bytes() -> int:
+                return sum(work.num_bytes for work in list(worker.runner._work.values()))
+
+            def take_and_note(*arguments: Any) -> Any:
+                before.append(num_bytes())
+                return take(*arguments)
+
+            monkeypatch.setattr(store.batches, "take", take_and_note)
+            await until(lambda: num_bytes() >= 3000)
+            for _ in range(50):  # in which more lines could be claimed
+                await store.database.run(int)
+            await answers.permit()
+            for batch in batches:
+                await worker.until(batch, "completed")
+            assert 2000 <= max(before) < 3000
+            assert num_bytes() == 0
+
+    asyncio.run(main())
+
+
+def test_heartbeat_does_not_wait_for_other_work_in_threads(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end = threading.Event()
+    store.num_lines()  # creates the database
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        others = [loop.run_in_executor(None, may_end.wait, TIMEOUT) for _ in range(100)]
+        async with running(store, Answers()) as worker, asyncio.timeout(TIMEOUT / 2):
+            await worker.runner._is_alive.wait()
+            may_end.set()
+        await asyncio.gather(*others)
+
+    asyncio.run(main())
 
 
 def test_no_line_is_started_while_many_answers_wait(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -611,5 +712,20 @@ def test_batch_that_another_worker_cancelled_stops_here(pair: tuple[Store, Store
             await pair[1].database.run(pair[1].batches.cancel, OWNER, batch.id)
             await worker.until(batch, "cancelled")
             assert len(answers.cancelled) == 5
+
+    asyncio.run(main())
+
+
+def test_runner_whose_engine_has_failed_leaves_its_lines_to_another_one(pair: tuple[Store, Store]) -> None:
+    batch = pair[0].start(5)
+
+    async def main() -> None:
+        stuck, answers = Answers(is_open=False), Answers()
+        async with running(pair[0], stuck) as broken:
+            await stuck.until(lambda: len(stuck.running) == 5)
+            broken.can_answer = False
+            async with running(pair[1], answers) as healthy:
+                await healthy.until(batch, "completed")
+        assert (len(stuck.cancelled), len(answers.started)) == (5, 5)
 
     asyncio.run(main())

@@ -1,11 +1,17 @@
 """Tests of the URLs and addresses to which webhooks may be sent."""
 
+import asyncio
+import threading
+from typing import Any
+
 import pytest
 
+from app.batches import webhooks as module
 from app.batches.webhooks import MAX_URL, WebhookTargets, is_public
 from app.errors import FieldError
 from tests.app.batches.receiver import HOST
 
+TIMEOUT = 60  # seconds to wait for a thread before the test fails
 PRIVATE = [
     *("127.0.0.1", "127.255.255.254", "0.0.0.0", "10.1.2.3", "172.16.0.1", "172.31.255.255", "192.168.1.1"),
     *("169.254.169.254", "100.64.0.1", "192.0.0.1", "192.0.2.1", "198.18.0.1", "198.51.100.1", "203.0.113.1"),
@@ -124,3 +130,25 @@ def test_private_or_special_address_is_not_public(address: str) -> None:
 @pytest.mark.parametrize("address", PUBLIC)
 def test_address_of_the_internet_is_public(address: str) -> None:
     assert is_public(address)
+
+
+def test_name_servers_that_do_not_respond_delay_no_other_work_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end = threading.Event()
+
+    def getaddrinfo(*_: Any, **__: Any) -> Any:
+        assert may_end.wait(TIMEOUT)
+        raise OSError
+
+    monkeypatch.setattr(module, "getaddrinfo", getaddrinfo)
+
+    async def main() -> None:
+        lookups = [asyncio.create_task(module.resolve_host("example.com", 443)) for _ in range(100)]
+        await asyncio.sleep(0)
+        try:
+            async with asyncio.timeout(TIMEOUT / 2):
+                assert await asyncio.to_thread(lambda: 1) == 1
+        finally:
+            may_end.set()
+            await asyncio.gather(*lookups, return_exceptions=True)
+
+    asyncio.run(main())

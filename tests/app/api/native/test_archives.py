@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from app.batches.batches import ActiveBatch, Batches
+from app.batches.batches import DELETED, ActiveBatch, Batches
+from app.batches.files import result_pages
 from app.batches.records import BatchStatus
 from app.errors import StorageUnavailable
 from tests.app.api.openai.batch_samples import GENERATIONS, KEYS, LINES, OTHER_KEY, Application, check, idle
@@ -85,6 +86,22 @@ def test_unknown_batch_gives_404_with_a_problem_document(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_batch_whose_output_file_was_deleted_gives_404(tmp_path: Path, name: str) -> None:
+    async def checks(app: Application) -> None:
+        batch = await app.batch()
+        await answer_lines(app, batch, 3)
+        await app.batches.database.run(app.batches.batches.end_if_done, batch)
+        file = (await app.client.get(f"/v1/batches/{batch}")).json()["output_file_id"]
+        assert (await app.client.head(f"/batches/{batch}/images.{name}")).status_code == 200
+        await app.client.delete(f"/v1/files/{file}")
+        assert (await app.client.head(f"/batches/{batch}/images.{name}")).status_code == 404
+        response = await app.client.get(f"/batches/{batch}/images.{name}")
+        assert (response.status_code, response.json()["detail"]) == (404, DELETED)
+
+    check(checks, tmp_path)
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_batch_of_another_key_gives_404(tmp_path: Path, name: str) -> None:
     async def checks(app: Application) -> None:
         app.client.headers["authorization"] = "Bearer a-key-0123456789abcd"
@@ -102,14 +119,13 @@ def test_head_returns_the_headers_of_get_without_reading_answers(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_reads = 0
-    answers = Batches.answers
 
-    def counted(self: Batches, owner: str, batch_id: str) -> Iterator[Any]:
+    def counted(*arguments: Any) -> Iterator[Any]:
         nonlocal num_reads
         num_reads += 1
-        yield from answers(self, owner, batch_id)
+        yield from result_pages(*arguments)
 
-    monkeypatch.setattr(Batches, "answers", counted)
+    monkeypatch.setattr("app.batches.batches.result_pages", counted)
 
     async def checks(app: Application) -> None:
         url = f"/batches/{await app.batch()}/images.{name}"

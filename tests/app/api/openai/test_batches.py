@@ -1,6 +1,7 @@
 """POST and GET /v1/batches, and both APIs in the OpenAPI document."""
 
 import json
+import threading
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,11 +11,12 @@ import openai
 import pytest
 from jsonschema import Draft202012Validator
 from openai.types import Batch as OpenAIBatch
+from pydantic import BaseModel
 
 from app import errors
 from app.api.openai import batches as routes
 from app.api.openai import files
-from app.api.openai.batch_schemas import MAX_KEY, MAX_PAIRS, MAX_URL, MAX_VALUE, BatchObject
+from app.api.openai.batch_schemas import MAX_KEY, MAX_PAIRS, MAX_URL, MAX_VALUE, BatchList, BatchObject, FileList
 from app.batches.batches import NO_FILE, NOT_FOUND
 from app.batches.records import Batch, BatchError, BatchStatus
 from app.main import create_app
@@ -186,6 +188,35 @@ def test_client_of_openai_lists_all_pages(tmp_path: Path) -> None:
         assert [each.id for page in pages for each in page.data] == ids[::-1]
         listed = (await app.client.get("/v1/batches")).json()
         assert (listed["first_id"], listed["last_id"], listed["has_more"]) == (ids[4], ids[0], False)
+
+    check(checks, tmp_path)
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize(("path", "page"), [(files.FILES_PATH, FileList), (routes.BATCHES_PATH, BatchList)])
+def test_page_of_a_list_and_its_json_are_not_made_in_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, page: type[BaseModel]
+) -> None:
+    threads = dict[str, threading.Thread]()
+
+    def record(name: str) -> None:
+        method = getattr(page, name)
+
+        def recorded(*arguments: Any, **options: Any) -> Any:
+            threads[name] = threading.current_thread()
+            return method(*arguments, **options)
+
+        monkeypatch.setattr(page, name, recorded)
+
+    record("of")
+    record("model_dump_json")
+
+    async def checks(app: Application) -> None:
+        await app.batch()
+        answer = await app.client.get(path)
+        assert (len(answer.json()["data"]), answer.headers["content-type"]) == (1, "application/json")
+        assert set(threads) == {"of", "model_dump_json"}
+        assert threading.current_thread() not in threads.values()
 
     check(checks, tmp_path)
 
