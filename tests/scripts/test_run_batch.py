@@ -1,3 +1,4 @@
+import asyncio
 import fcntl
 import json
 import os
@@ -8,11 +9,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
+from app.batches.records import Line as BatchLine
+from app.batches.records import LineAnswer
 from scripts import run_batch
+from scripts.common.progress import Reporter
 from tests.e2e.batch_client import FEW_STEPS, GENERATIONS, Line, drawings, jsonl, line, png_of
 from tests.e2e.conftest import start_service
 from tests.e2e.faulty_service import FaultyRunner, fault_seed
@@ -251,6 +257,66 @@ def test_invalid_input_is_refused_with_its_file_and_line(
     assert not output.exists()
 
 
+@pytest.mark.timeout(60)  # It would wait for a writer of the named pipe.
+def test_input_that_can_be_read_only_once_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, named = tmp_path / "out.jsonl", tmp_path / "named"
+    os.mkfifo(named)
+    reading, writing = os.pipe()
+    os.write(writing, jsonl(drawings(40)))
+    os.close(writing)
+    try:
+        for source in (Path(f"/dev/fd/{reading}"), named, tmp_path):
+            assert run(source, output) == 2
+            expected = f"run_batch: {source} is not a regular file. Write the lines to a file first"
+            assert error_in(capsys) == expected
+    finally:
+        os.close(reading)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [*drawings(40)[:20], line("line-20", {"prompt": "9", **FEW_STEPS}), *drawings(40)[21:]],
+        [*drawings(40)[:20], *drawings(40)[21:]],
+        [*drawings(40)[:39], {**LINE, "url": "/generate"}],
+        drawings(39),
+        drawings(41),
+        [],
+    ],
+    ids=["other line", "missing line", "invalid line", "shorter", "longer", "empty"],
+)
+def test_input_that_changes_after_its_check_ends_the_script_and_no_changed_line_is_answered(
+    files: tuple[Path, Path],
+    lines: list[Line],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, output = files
+    content, unbroken = source.read_bytes(), tmp_path / "unbroken.jsonl"
+
+    def change_and_answer(*arguments: Any) -> Any:
+        source.write_bytes(jsonl(lines))
+        return answer_all(*arguments)
+
+    answer_all = run_batch.answer_all
+    with monkeypatch.context() as patch:
+        patch.setattr(run_batch, "answer_all", change_and_answer)
+        assert run(source, output) == 2
+    out, err = capsys.readouterr()
+    assert "answered" not in out
+    assert err.splitlines()[-1] == (
+        f"run_batch: {source} has changed while it was read. Restore it, or use another file for -o"
+    )
+    source.write_bytes(content)
+    assert run(source, unbroken) == 0
+    expected = lasting(answers_in(unbroken))
+    assert lasting(answers_in(output)).items() <= expected.items()
+    assert run(source, output) == 0
+    assert lasting(answers_in(output)) == expected
+
+
 def test_exit_status_is_1_if_a_line_has_failed_also_in_an_earlier_run(
     files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -298,6 +364,56 @@ def test_engine_that_fails_ends_the_script_with_one_line(
     assert "The engine has failed" in capsys.readouterr().err.splitlines()[-1]
     assert run(source, output) == 0
     assert answers_in(output).keys() == {each["custom_id"] for each in lines}
+
+
+@pytest.mark.timeout(60)  # It would wait for the engine forever.
+def test_engine_that_fails_ends_the_script_also_if_a_service_would_never_give_up(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = files
+    source.write_bytes(jsonl([line("lost", {"prompt": "7", **FEW_STEPS, "seed": fault_seed("lost", 5)})]))
+    monkeypatch.setattr("app.runner.load.Runner", FaultyRunner)
+    monkeypatch.setattr(run_batch, "GIVE_UP_SECONDS", 0.1, raising=False)
+    monkeypatch.setenv("UNFOG_GIVE_UP_SECONDS", "never")
+    assert run(source, output) == 2
+    assert "The engine has failed" in capsys.readouterr().err.splitlines()[-1]
+    assert output.read_bytes() == b""
+
+
+class Answers:
+    """Answers lines after other tasks have run, and records the sizes of the lines that are in progress together."""
+
+    def __init__(self) -> None:
+        self.running, self.seen = list[int](), list[list[int]]()
+
+    async def answer(self, asked: BatchLine) -> LineAnswer:
+        self.running.append(len(asked.body))
+        self.seen.append(self.running.copy())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        self.running.remove(len(asked.body))
+        return LineAnswer(200, "request", b"{}", 1, 1)
+
+
+def test_bytes_of_the_lines_in_progress_are_limited_and_a_line_beyond_the_limit_runs_alone(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = files
+    most, largest = 1000, 2000
+    monkeypatch.setattr(run_batch, "MOST_BYTES", most, raising=False)
+    sizes = [100] * 40 + [400] * 10 + [largest] + [600] * 3 + [most] + [100] * 5
+    prompts = ["x" * (size - len('{"prompt":""}')) for size in sizes]
+    source.write_bytes(jsonl(line(f"line-{i}", {"prompt": prompt}) for i, prompt in enumerate(prompts)))
+    answers, app = Answers(), FastAPI()
+    app.state.lines, app.state.service = answers, SimpleNamespace(engine=SimpleNamespace(full_step=lambda: 64))
+    batch, answered = run_batch.read_batch(source), run_batch.Answered(set(), 0)
+    with Reporter() as reporter, reporter.task("lines", len(sizes), "lines") as task, output.open("ab") as file:
+        asyncio.run(run_batch.OfflineRun(app, batch, answered, file, task).run())
+    assert len(answered.ids) == len(answers_in(output)) == len(sizes)
+    assert [largest] in answers.seen
+    assert all(sum(running) <= most or running == [largest] for running in answers.seen)
+    assert {running.count(100) for running in answers.seen} >= {10}
+    assert {running.count(400) for running in answers.seen} == {0, 1, 2}
 
 
 def test_full_disk_ends_the_script_with_one_line_and_the_next_run_continues(
