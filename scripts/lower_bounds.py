@@ -13,7 +13,7 @@ _LOWER_BOUND = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(\[\w+\])?>=(?P<version>[0-
 
 
 def runtime_requirements(pyproject: Path) -> list[str]:
-    """Returns the requirements of the service: the dependencies and the extras that only the service needs."""
+    """Returns the requirements of the service: the dependencies and the extras that the service uses."""
     project = tomllib.loads(pyproject.read_text())["project"]
     extras = project["optional-dependencies"]
     return [*project["dependencies"], *(each for name in ("traces", "postgres", "parquet") for each in extras[name])]

@@ -171,10 +171,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _dumps(body: dict[str, Any]) -> bytes:
     """Returns a body as JSON in UTF-8. Only a body with lone surrogates has escapes, which make it longer."""
     try:
-        try:
-            return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            return json.dumps(body, separators=(",", ":")).encode()
+        return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(body, separators=(",", ":")).encode()
     except RecursionError as error:
         raise LineError("invalid_json", INVALID_JSON) from error
 

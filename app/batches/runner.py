@@ -1,9 +1,11 @@
-"""The runner: answers the lines of batches in the background. It has four loops in the event loop of the service.
+"""The runner: answers the lines of batches in the background. It has six loops in the event loop of the service.
 
-    watch   records that this worker is alive, finds new batches, and ends those that are cancelled or expired
+    beat    records that this worker is alive
+    watch   finds new batches, and ends those that are cancelled or expired
     check   validates new batches, one after the other
     feed    claims waiting lines and starts their answers
     store   stores answers, as many as there are in one transaction
+    clean   deletes what has expired
 
 Feed keeps enough lines in progress for two full steps of the engine. Batches share this fairly: each
 has an equal part of the lines in progress, and the next line is that of the batch for which the fewest network

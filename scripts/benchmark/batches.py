@@ -92,19 +92,19 @@ def table_of(rows: list[dict[str, Any]]) -> list[list[str]]:
     table = []
     for client in CLIENTS:
         found = [row["clients"][client.name] for row in rows]
-        alone, beside = (
-            percentile([latency for each in found for latency in each[name]], 0.95) for name in ("alone", "beside")
+        alone, with_batch = (
+            percentile([latency for each in found for latency in each[name]], 0.95) for name in ("alone", "with_batch")
         )
         ratios = [_ratio(each) for each in found]
-        ratio = f"{beside / alone:.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
+        ratio = f"{with_batch / alone:.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
         shares = with_spread([each["share"] for each in found])
-        table.append([client.name, f"{alone:.3f}", f"{beside:.3f}", ratio, shares])
+        table.append([client.name, f"{alone:.3f}", f"{with_batch:.3f}", ratio, shares])
     return table
 
 
 def _ratio(found: dict[str, Any]) -> float:
     """Returns the 95th percentile of a client with a batch, divided by the one without it."""
-    return percentile(found["beside"], 0.95) / percentile(found["alone"], 0.95)
+    return percentile(found["with_batch"], 0.95) / percentile(found["alone"], 0.95)
 
 
 def _measure_all(running: Running, contestant: Contestant, repeat: int, seconds: float) -> dict[str, Any]:
@@ -115,20 +115,20 @@ def _measure_all(running: Running, contestant: Contestant, repeat: int, seconds:
     order = CLIENTS if repeat % 2 else CLIENTS[::-1]
     if repeat % 2:
         saturated = _saturated(running, contestant, repeat, seconds)
-        beside, only = _with_batch(running, order, repeat, seconds)
+        with_batch, only = _with_batch(running, order, repeat, seconds)
         alone = _each(running, order, repeat, seconds)
     else:
         alone = _each(running, order, repeat, seconds)
-        beside, only = _with_batch(running, order, repeat, seconds)
+        with_batch, only = _with_batch(running, order, repeat, seconds)
         saturated = _saturated(running, contestant, repeat, seconds)
     clients = {}
     for client in CLIENTS:
-        quiet, busy = alone[client.name], beside[client.name]
+        quiet, busy = alone[client.name], with_batch[client.name]
         left = only.rows * (1 - quiet.busy)
         share = (busy.rows - busy.own_rows) / left
         clients[client.name] = {
             "alone": quiet.latencies,
-            "beside": busy.latencies,
+            "with_batch": busy.latencies,
             "busy": quiet.busy,
             "share": share,
         }
@@ -142,7 +142,7 @@ def _each(running: Running, clients: Iterable[Client], repeat: int, seconds: flo
 def _with_batch(
     running: Running, clients: Iterable[Client], repeat: int, seconds: float
 ) -> tuple[dict[str, Phase], Phase]:
-    """Returns the phase of each client beside a running batch, and the phase of the batch alone."""
+    """Returns the phase of each client while a batch runs, and that of the batch alone."""
     with _batch(running):
         return _each(running, clients, repeat, seconds), _phase(running, None, repeat, seconds)
 

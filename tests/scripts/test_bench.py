@@ -108,7 +108,7 @@ def test_versions_compares_two_services(
 
 
 @pytest.mark.usefixtures("forks")
-def test_batches_measures_requests_alone_and_beside_a_batch(
+def test_batches_measures_requests_alone_and_while_a_batch_runs(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(batches, "SETTLE_SECONDS", 0.0)
@@ -119,7 +119,7 @@ def test_batches_measures_requests_alone_and_beside_a_batch(
     assert row["alone"] > 0
     for client in row["clients"].values():
         assert 0 < client["busy"] < 1
-        assert min(client["alone"] + client["beside"]) > 0
+        assert min(client["alone"] + client["with_batch"]) > 0
     assert "| client | p95 alone, s | p95 with a batch, s | ratio |" in capsys.readouterr().out
 
 

@@ -373,7 +373,7 @@ def test_engine_that_fails_ends_the_script_also_if_a_service_would_never_give_up
     source, output = files
     source.write_bytes(jsonl([line("lost", {"prompt": "7", **FEW_STEPS, "seed": fault_seed("lost", 5)})]))
     monkeypatch.setattr("app.runner.load.Runner", FaultyRunner)
-    monkeypatch.setattr(run_batch, "GIVE_UP_SECONDS", 0.1, raising=False)
+    monkeypatch.setattr(run_batch, "GIVE_UP_SECONDS", 0.1)
     monkeypatch.setenv("UNFOG_GIVE_UP_SECONDS", "never")
     assert run(source, output) == 2
     assert "The engine has failed" in capsys.readouterr().err.splitlines()[-1]
@@ -400,7 +400,7 @@ def test_bytes_of_the_lines_in_progress_are_limited_and_a_line_beyond_the_limit_
 ) -> None:
     source, output = files
     most, largest = 1000, 2000
-    monkeypatch.setattr(run_batch, "MOST_BYTES", most, raising=False)
+    monkeypatch.setattr(run_batch, "MOST_BYTES", most)
     sizes = [100] * 40 + [400] * 10 + [largest] + [600] * 3 + [most] + [100] * 5
     prompts = ["x" * (size - len('{"prompt":""}')) for size in sizes]
     source.write_bytes(jsonl(line(f"line-{i}", {"prompt": prompt}) for i, prompt in enumerate(prompts)))

@@ -533,7 +533,7 @@ def test_lines_in_memory_are_limited_in_bytes(store: Store, monkeypatch: pytest.
     asyncio.run(main())
 
 
-def test_heartbeat_does_not_wait_for_other_work_in_threads(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeat_does_not_wait_for_other_work_in_threads(store: Store) -> None:
     may_end = threading.Event()
     store.num_lines()  # creates the database
 
