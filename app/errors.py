@@ -29,7 +29,8 @@ UnfogError
     ├── Starting          503  the checkpoints are being loaded and warmed up
     ├── Draining          503  the service is shutting down
     ├── StorageUnavailable 503  the database does not answer
-    └── EngineFailed      503  the engine has failed; the service must be restarted
+    ├── EngineFailed      503  the engine has failed; the service must be restarted
+    └── ReplicaLost       503  the replica that had the request has died; only behind Ray's proxy
 """
 
 from collections.abc import Mapping
@@ -291,3 +292,9 @@ class EngineFailed(Unavailable):
     """The engine has failed and does not recover without a restart of the service."""
 
     status, code, detail = 503, "engine_failed", "The engine has failed and the service must be restarted"
+
+
+class ReplicaLost(Unavailable):
+    """The replica that had the request has died. Other replicas may accept it."""
+
+    status, code, detail = 503, "replica_lost", "The replica that worked on this request has stopped"

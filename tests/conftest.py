@@ -22,6 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--wheels", type=Path, help="folder with a PyTorch wheel for --containers; default: PyTorch's CPU index"
     )
     parser.addoption(
+        "--service",
+        metavar="URL",
+        help="run the end-to-end tests of the shared service on this one, for example behind a proxy; see tests/e2e",
+    )
+    parser.addoption(
         "--node-modules", type=Path, help="node_modules folder with the npm package openai; default: npm installs it"
     )
 

@@ -15,10 +15,10 @@ EXTRAS = PROJECT["optional-dependencies"]
 OWN = {"app", "model", "scripts"}
 # The extras that a module may import in addition to the dependencies. The first matching path prefix applies.
 MAY_USE = {
-    "app/": ["parquet", "postgres", "traces"],
+    "app/": ["parquet", "postgres", "ray", "redis", "traces"],
     "model/": ["clip"],
     "scripts/bench": ["train", "evaluate", "bench"],
-    "scripts/": ["train", "evaluate", "clip", "diffusers", "parquet", "tensorboard"],
+    "scripts/": ["train", "evaluate", "clip", "diffusers", "parquet", "ray-data", "tensorboard"],
 }
 # The code uses private or unstable interfaces of these, so only tested minor versions are permitted.
 BOUNDED_BY_MINOR = {"torch", "uvicorn"}
@@ -133,7 +133,7 @@ def test_every_dependency_is_imported() -> None:
 
 @pytest.mark.parametrize("requirement", [*PROJECT["dependencies"], *(r for e in EXTRAS.values() for r in e)])
 def test_every_requirement_has_a_lower_and_an_upper_bound(requirement: str) -> None:
-    assert re.fullmatch(r"[\w.-]+(\[\w+\])?>=[\d.]+,<[\d.]+(;.+)?|unfog\[[\w,]+\]", requirement)
+    assert re.fullmatch(r"[\w.-]+(\[\w+\])?>=[\d.]+,<[\d.]+(;.+)?|unfog\[[\w,-]+\]", requirement)
 
 
 @pytest.mark.parametrize("name", sorted(BOUNDED_BY_MINOR))

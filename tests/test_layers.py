@@ -24,11 +24,13 @@ LAYERS = {
     "tasks": {"tasks", "engine", "errors"},
     "api": {"api", "batches", "tasks", "engine", "errors", "metrics", "settings"},
     "server": {"server", "api", "engine", "errors", "logs", "metrics", "settings"},
+    "ray": {"ray", "main", "server", "api", "errors", "logs", "settings"},
 }
 # These modules, and packages with all their modules, do not import torch. Its import takes more than a second, which
 # only those who compute with tensors must wait for.
 WITHOUT_TORCH = (
     "app.engine",
+    "app.ray.proxy",
     "app.settings",
     "app.tasks",
     "app.__main__",

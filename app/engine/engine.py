@@ -213,6 +213,11 @@ class Engine:
         with self._condition:
             return self._counts()
 
+    def num_interactive(self) -> int:
+        """Returns the number of unfinished images of interactive jobs."""
+        with self._condition:
+            return self._backlog.waiting + self._backlog.running
+
     def full_step(self) -> int:
         """Returns the present maximum number of rows of a step."""
         with self._condition:

@@ -23,8 +23,8 @@ from fastapi import FastAPI
 
 from app import errors
 from app.api.service import Service
-from app.engine.engine import RESTART_SECONDS
-from app.engine.interface import ModelInfo, RunnerError
+from app.engine.engine import RESTART_SECONDS, Engine
+from app.engine.interface import RunnerError
 from app.engine.watchdog import Watchdog
 from app.server.connection import connection_class
 from app.settings import Settings
@@ -111,15 +111,15 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     await asyncio.wait((serving, stop, ready), return_when=asyncio.FIRST_COMPLETED)
     watchdog = Watchdog(engine, settings.give_up_seconds)
     if ready.done() and not ready.exception():
-        _exempt_from_collection()
-        _announce(list(engine.models.values()), url, len(settings.api_keys))
+        exempt_from_collection()
+        announce(engine, settings, url=url)
         watchdog.start()
         await asyncio.wait((serving, stop, watchdog.lost), return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
         await serving
         raise GivenUpError("The HTTP server stopped unexpectedly. Exiting with status 1")
     if stop.done():
-        await _drain(service, settings.drain_timeout, stop_now)
+        await drain(service, settings.drain_timeout, stop_now)
     service.give_up(errors.EngineFailed(RESTART_SECONDS))
     server.should_exit = True
     await serving
@@ -171,7 +171,7 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _exempt_from_collection() -> None:
+def exempt_from_collection() -> None:
     """Exempts all objects that exist now from garbage collections.
 
     They are modules, models and routes, which live until the process ends. To visit them takes 0.2 s, in which no other
@@ -181,15 +181,16 @@ def _exempt_from_collection() -> None:
     gc.freeze()
 
 
-def _announce(models: list[ModelInfo], url: str, num_keys: int) -> None:
-    info = models[0]
+def announce(engine: Engine, settings: Settings, **place: str) -> None:
+    """Logs that the service is ready. `place` says where it runs."""
+    infos = list(engine.models.values())
     facts = {
-        "url": url,
-        "models": ", ".join(info.name for info in models),
-        "device": info.device,
-        "dtype": info.dtype,
-        "compiled": info.compiled,
-        "auth": "on" if num_keys else "off",
+        **place,
+        "models": ", ".join(info.name for info in infos),
+        "device": infos[0].device,
+        "dtype": infos[0].dtype,
+        "compiled": infos[0].compiled,
+        "auth": "on" if settings.api_keys else "off",
     }
     log.info("Ready", extra=facts)
 
@@ -212,7 +213,7 @@ def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:
     return futures
 
 
-async def _drain(service: Service, seconds: float, stop_now: "asyncio.Future[None]") -> None:
+async def drain(service: Service, seconds: float, stop_now: "asyncio.Future[None] | None" = None) -> None:
     """Waits until all jobs are finished and all answers are sent, but at most `seconds` or until `stop_now`.
 
     Then answers all remaining jobs with 503.
@@ -221,7 +222,8 @@ async def _drain(service: Service, seconds: float, stop_now: "asyncio.Future[Non
     log.info("Draining", extra={"images": sum(engine.count_images())})
     drained = asyncio.gather(asyncio.wrap_future(engine.drain()), service.in_flight.none())
     drained.add_done_callback(lambda done: done.cancelled() or done.exception())  # Marks the exception as retrieved.
-    await asyncio.wait((drained, stop_now), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    ends = (drained, stop_now) if stop_now else (drained,)
+    await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     if left := sum(engine.count_images()):
         log.warning("Drain ended, dropped unfinished images", extra={"count": left})
     service.give_up(errors.Draining(1))

@@ -32,6 +32,7 @@ EVERY_ERROR: list[tuple[UnfogError, int, str]] = [
     (errors.Starting(3), 503, "starting"),
     (errors.Draining(3), 503, "draining"),
     (errors.EngineFailed(3), 503, "engine_failed"),
+    (errors.ReplicaLost(3), 503, "replica_lost"),
     (errors.StorageUnavailable(3), 503, "storage_unavailable"),
     (errors.StorageFull(), 507, "storage_full"),
     (errors.DeadlineExceeded(), 504, "deadline_exceeded"),

@@ -28,6 +28,8 @@ StartBatches = Callable[..., Batches]
 Connect = Callable[..., Batches]
 JAVASCRIPT = Path(__file__).parent / "javascript"
 GUIDANCE = Guidance(scale=2.0, start=20, stop=80)
+# The settings of the shared service. One step has room for the largest request (64 images).
+SHARED = {"UNFOG_MAX_BATCH": "64", "UNFOG_REQUEST_TIMEOUT": "300"}
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +40,7 @@ def network() -> UNet:
 
 @pytest.fixture(scope="session")
 def checkpoint(network: UNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a valid checkpoint with the recommended guidance GUIDANCE."""
+    """Returns a valid checkpoint with the recommended guidance GUIDANCE. All test processes get the same one."""
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     config = CheckpointConfig(network.config, ScheduleConfig(), guidance=GUIDANCE, training={"label_drop": 0.1})
     save(path, network, config)
@@ -54,10 +56,15 @@ def fast_checkpoint(network: UNet, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def service(checkpoint: Path) -> Iterator[Service]:
-    """Shared service for tests that leave it idle. One step has room for the largest request (64 images)."""
+def service(checkpoint: Path, pytestconfig: pytest.Config) -> Iterator[Service]:
+    """Shared service for tests that leave it idle, with the variables SHARED. With --service it runs already."""
     with ExitStack() as stack:
-        yield start_service(stack, checkpoint, UNFOG_MAX_BATCH="64", UNFOG_REQUEST_TIMEOUT="300")
+        if url := pytestconfig.getoption("--service"):
+            running = Service(None, url)
+            stack.callback(running.client.close)
+            yield running
+        else:
+            yield start_service(stack, checkpoint, **SHARED)
 
 
 @pytest.fixture

@@ -103,9 +103,9 @@ class Process:
         self._news.put(None)
 
 
-def wait_until(condition: Callable[[], Any], description: str) -> None:
-    """Polls the condition until it is true. Fails after TIMEOUT seconds."""
-    deadline = time.monotonic() + TIMEOUT
+def wait_until(condition: Callable[[], Any], description: str, timeout: float = TIMEOUT) -> None:
+    """Polls the condition until it is true. Fails after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, f"after {TIMEOUT} s still not true: {description}"
+        assert time.monotonic() < deadline, f"after {timeout} s still not true: {description}"
         time.sleep(0.02)

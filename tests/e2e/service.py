@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import numpy.typing as npt
+import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -38,13 +39,21 @@ class Samples(dict[tuple[str, frozenset[tuple[str, str]]], float]):
 
 
 class Service:
-    """A ready process and an HTTP client for it."""
+    """A ready service and an HTTP client for it."""
 
-    def __init__(self, process: Process) -> None:
-        self.process = process
-        self.url = process.wait_until_ready()
+    def __init__(self, process: Process | None, url: str = "") -> None:
+        """Waits until the process is ready. Without a process, the service at `url` runs already."""
+        self._process = process
+        self.url = process.wait_until_ready() if process else url
         self.address = httpx.URL(self.url).host, httpx.URL(self.url).port or 0
         self.client = httpx.Client(base_url=self.url, timeout=TIMEOUT)
+
+    @property
+    def process(self) -> Process:
+        """The process of the service. A test that uses it cannot run with --service."""
+        if self._process is None:
+            pytest.skip("needs the process of the service")
+        return self._process
 
     def post(self, body: Any, accept: str = JSON, query: str = "", **headers: str) -> httpx.Response:
         """Sends POST /generate. The body is encoded as JSON unless it is bytes."""

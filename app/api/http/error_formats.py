@@ -27,6 +27,11 @@ def format_of(path: str) -> ErrorFormat:
     return _problem_response
 
 
+def data_of_error(path: str, error: UnfogError, request_id: str) -> dict[str, Any]:
+    """Returns the data of the event `error`, which ends a stream of this path."""
+    return {"error": openai_error(error)} if path.startswith(f"{OPENAI_PATH}/") else error.problem(request_id)
+
+
 def place_of_fields(path: str) -> tuple[str, ...]:
     """Returns the location of the fields of a task in a request to this path."""
     return ("body", "parameters") if path.startswith(f"{INFERENCE_PATH}/") else ("body",)

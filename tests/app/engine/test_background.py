@@ -155,6 +155,7 @@ def test_background_images_do_not_use_up_the_capacity_of_interactive_jobs() -> N
     with pytest.raises(errors.Overloaded):
         engine.submit(new_job(1, timeout=1e6))
     assert engine.count_images() == (8, 4)  # only interactive images count as waiting
+    assert engine.num_interactive() == 8
 
 
 def test_metrics_of_the_wait_have_no_background_jobs() -> None:

@@ -1,0 +1,267 @@
+"""Tests the middleware of Ray's proxies with applications that behave like the proxy and the replicas."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from app.ray import proxy
+from app.ray.proxy import LostReplicas
+
+Answer = Callable[[Scope, Receive, Send], Awaitable[None]]
+SEEDED = json.dumps({"digit": 7, "seed": 1}).encode()
+
+
+class FakeProxy:
+    """Answers the n-th attempt with the n-th of `answers`, like Ray's proxy. Keeps the headers and bodies."""
+
+    def __init__(self, *answers: Answer) -> None:
+        self._answers = list(answers)
+        self.headers: list[dict[str, str]] = []
+        self.bodies: list[bytes] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
+        body = b""
+        while (message := await receive())["type"] == "http.request":
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        self.bodies.append(body)
+        own_id = dict(scope["headers"]).get(b"x-request-id", b"")
+
+        async def send_with_id(message: Message) -> None:  # as the proxy does
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", own_id)]
+            await send(message)
+
+        await self._answers.pop(0)(scope, receive, send_with_id)
+
+
+async def dies(scope: Scope, receive: Receive, send: Send) -> None:
+    """What the proxy does if the replica dies: nothing."""
+
+
+async def breaks(scope: Scope, receive: Receive, send: Send) -> None:
+    """A stream of a replica that dies."""
+    headers = [(b"content-type", b"text/event-stream"), (b"x-request-id", b"of-replica")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"event: accepted\n\n", "more_body": True})
+
+
+async def succeeds(scope: Scope, receive: Receive, send: Send) -> None:
+    await Response(b"digits", headers={"x-request-id": "of-replica"})(scope, receive, send)
+
+
+def answers_itself(status: int) -> Answer:
+    """Returns an answer of the proxy, which has no id of the service."""
+    return PlainTextResponse("text of Ray", status)
+
+
+async def request(
+    app: FakeProxy, body: bytes = b"", method: str = "POST", path: str = "/generate", **headers: str
+) -> tuple[int, dict[str, str], bytes, list[Message]]:
+    """Sends a request in two pieces. Returns status, headers and body of the response, and all messages."""
+    middle = len(body) // 2
+    pieces = [
+        {"type": "http.request", "body": body[:middle], "more_body": True},
+        {"type": "http.request", "body": body[middle:], "more_body": False},
+    ]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return pieces.pop(0) if pieces else await asyncio.get_running_loop().create_future()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
+    }
+    await LostReplicas(app)(scope, receive, send)
+    start = sent[0] if sent else {"status": 0, "headers": []}
+    received = {name.decode(): value.decode() for name, value in start["headers"]}
+    return start["status"], received, b"".join(message.get("body", b"") for message in sent[1:]), sent
+
+
+def run(*args: Any, **kwargs: Any) -> tuple[int, dict[str, str], bytes, list[Message]]:
+    return asyncio.run(request(*args, **kwargs))
+
+
+def test_answer_of_a_replica_passes_with_its_own_id_only() -> None:
+    status, headers, body, sent = run(FakeProxy(succeeds), SEEDED, x_request_id="mine")
+    assert (status, headers["x-request-id"], body) == (200, "of-replica", b"digits")
+    assert [name for name, _ in sent[0]["headers"]].count(b"x-request-id") == 1
+
+
+def test_request_with_a_seed_is_sent_again_with_the_same_body_and_id() -> None:
+    ray = FakeProxy(dies, dies, succeeds)
+    status, _, body, _ = run(ray, SEEDED)
+    assert (status, body) == (200, b"digits")
+    assert ray.bodies == [SEEDED] * 3
+    assert len({headers["x-request-id"] for headers in ray.headers}) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "options"),
+    [
+        (b"", {"method": "GET", "path": "/v1/models"}),
+        (b"{}", {"idempotency_key": "order-1"}),
+        (b'{"inputs": [], "parameters": {"seed": 3}}', {"path": "/v2/models/default/infer"}),
+        (
+            b'--x\r\nContent-Disposition: form-data; name="seed"\r\n\r\n3\r\n--x--\r\n',
+            {"content_type": "multipart/form-data; boundary=x", "path": "/denoise"},
+        ),
+    ],
+)
+def test_request_whose_result_is_fixed_is_sent_again(body: bytes, options: dict[str, str]) -> None:
+    assert run(FakeProxy(dies, succeeds), body, **options)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "options"),
+    [
+        (b'{"digit": 7}', {}),
+        (b'{"digit": 7, "prompt": "seed"}', {}),
+        (b'["seed"]', {}),
+        (b"[" * 10_000, {}),
+        (b"\xff", {}),
+        (SEEDED, {"path": "/v1/batches"}),
+        (b"{}", {"path": "/v1/files", "idempotency_key": "order-1"}),
+        (b"--x--\r\n", {"content_type": "multipart/form-data; boundary=x"}),
+        (b"", {"method": "DELETE", "path": "/v1/models"}),
+        (SEEDED + b" " * proxy.MOST_REPEATED_BYTES, {}),
+    ],
+)
+def test_other_request_is_answered_with_replica_lost(body: bytes, options: dict[str, str]) -> None:
+    ray = FakeProxy(dies, succeeds)
+    status, headers, content, _ = run(ray, body, **options)
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert b"The replica that worked on this request has stopped" in content
+    assert len(ray.bodies) == 1
+
+
+def test_request_is_sent_at_most_three_times() -> None:
+    ray = FakeProxy(*[dies] * 9)
+    status, headers, body, _ = run(ray, SEEDED, x_request_id="mine")
+    problem = json.loads(body)
+    assert (status, problem["code"], problem["request_id"]) == (503, "replica_lost", "mine")
+    assert headers["x-request-id"] == "mine"
+    assert len(ray.bodies) == proxy.MOST_ATTEMPTS
+
+
+def test_error_has_the_format_of_the_protocol() -> None:
+    _, _, body, _ = run(FakeProxy(dies), b'{"prompt": "7"}', path="/v1/images/generations")
+    assert json.loads(body)["error"]["code"] == "replica_lost"
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/images/generations"])
+def test_stream_that_breaks_ends_with_an_error_event(path: str) -> None:
+    ray = FakeProxy(breaks, succeeds)
+    status, _, body, sent = run(ray, SEEDED, path=path)
+    events = body.decode().split("\n\n")
+    assert (status, events[0], events[2:]) == (200, "event: accepted", [""])
+    name, data = events[1].split("\n")
+    assert (name, "replica_lost" in data) == ("event: error", True)
+    assert not sent[-1].get("more_body")
+    assert len(ray.bodies) == 1, "the client would get the first events twice"
+
+
+def test_other_response_that_breaks_stays_incomplete() -> None:
+    async def half(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-length", b"100"), (b"x-request-id", b"of-replica")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"half", "more_body": True})
+
+    _, _, body, sent = run(FakeProxy(half), SEEDED)
+    assert body == b"half"
+    assert sent[-1]["more_body"]
+
+
+@pytest.mark.parametrize(
+    ("of_ray", "status", "code"),
+    [(429, 429, "overloaded"), (503, 503, "starting"), (404, 503, "starting"), (408, 504, "deadline_exceeded")],
+)
+def test_answer_of_the_proxy_becomes_a_problem_document(of_ray: int, status: int, code: str) -> None:
+    got, headers, body, _ = run(FakeProxy(answers_itself(of_ray)), SEEDED)
+    assert (got, json.loads(body)["code"]) == (status, code)
+    assert headers["content-type"] == "application/problem+json"
+    assert status == 504 or int(headers["retry-after"]) == 5
+
+
+def test_paths_of_the_proxy_are_not_changed() -> None:
+    status, _, body, _ = run(FakeProxy(answers_itself(503)), method="GET", path="/-/healthz")
+    assert (status, body) == (503, b"text of Ray")
+
+
+def test_headers_that_change_the_proxy_are_removed() -> None:
+    ray = FakeProxy(succeeds)
+    run(ray, SEEDED, x_request_disconnect_disabled="?1", x_request_timeout_seconds="1", accept="image/png")
+    (headers,) = ray.headers
+    assert set(headers) == {"accept", "x-request-id"}
+
+
+@pytest.mark.parametrize("given", ["not valid", "x" * 129, ""])
+def test_invalid_request_id_is_replaced(given: str) -> None:
+    ray = FakeProxy(succeeds)
+    run(ray, SEEDED, x_request_id=given)
+    assert len(ray.headers[0]["x-request-id"]) == 32
+
+
+def test_body_beyond_the_limit_is_413_and_is_not_read_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "MOST_BYTES", 10)
+    ray = FakeProxy(dies, succeeds)
+    status, headers, body, _ = run(ray, SEEDED)
+    assert (status, json.loads(body)["code"], headers["connection"]) == (413, "body_too_large", "close")
+    assert len(ray.bodies) == 1
+    assert len(ray.bodies[0]) <= 10
+    monkeypatch.setattr(proxy, "MOST_FILE_BYTES", len(SEEDED))
+    assert run(FakeProxy(succeeds), SEEDED, path="/v1/files")[0] == 200
+
+
+def test_client_that_leaves_is_neither_answered_nor_repeated() -> None:
+    ray = FakeProxy(dies, succeeds)
+
+    async def leave() -> list[Message]:
+        messages = [{"type": "http.request", "body": SEEDED, "more_body": True}, {"type": "http.disconnect"}]
+        sent: list[Message] = []
+
+        async def receive() -> Message:
+            return messages.pop(0)
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await LostReplicas(ray)({"type": "http", "method": "POST", "path": "/generate", "headers": []}, receive, send)
+        return sent
+
+    assert asyncio.run(leave()) == []
+    assert len(ray.bodies) == 1
+
+
+def test_other_protocols_pass() -> None:
+    seen = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["type"])
+
+    async def never() -> Message:
+        raise AssertionError
+
+    async def ignore(message: Message) -> None:
+        raise AssertionError
+
+    asyncio.run(LostReplicas(app)({"type": "lifespan"}, never, ignore))
+    assert seen == ["lifespan"]
+
+
+def test_ray_loads_the_middleware() -> None:
+    (one,) = proxy.middleware()
+    assert one.cls is LostReplicas

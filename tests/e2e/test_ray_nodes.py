@@ -1,0 +1,93 @@
+"""Measures two Ray nodes. Each is a network namespace of this machine with one core."""
+
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from importlib.util import find_spec
+
+import httpx
+import pytest
+
+from model.spec import SHIPPED
+from tests.e2e.process import TIMEOUT
+from tests.e2e.ray_cluster import RayCluster
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not find_spec("ray"), reason="needs the extra ray"),
+    pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and the program ip"),
+    pytest.mark.timeout(1200),
+]
+
+ADDRESSES = ("10.77.49.1", "10.77.49.2")
+GATEWAY = "10.77.49.254"
+CLIENTS, SECONDS, REPEATS = 4, 20.0, 5
+BODY = {"digit": 7, "count": 16, "num_steps": 20, "sampler": "ddim"}
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def launchers() -> Iterator[list[list[str]]]:
+    """Creates the namespaces. Returns the commands that run a program in each, on its own core."""
+    with ExitStack() as stack:
+        ip("link", "add", "unfog0", "type", "bridge")
+        stack.callback(ip, "link", "delete", "unfog0")
+        ip("address", "add", f"{GATEWAY}/24", "dev", "unfog0")
+        ip("link", "set", "unfog0", "up")
+        commands = []
+        for core, address in enumerate(ADDRESSES):
+            name, outer, inner = f"unfog{core}", f"unfog-out{core}", f"unfog-in{core}"
+            ip("netns", "add", name)
+            stack.callback(ip, "netns", "delete", name)
+            ip("link", "add", outer, "type", "veth", "peer", "name", inner, "netns", name)
+            ip("link", "set", outer, "master", "unfog0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "address", "add", f"{address}/24", "dev", inner)
+            ip("-n", name, "link", "set", inner, "up")
+            commands.append(["ip", "netns", "exec", name, "taskset", "--cpu-list", str(core)])
+        yield commands
+
+
+def images_per_second(urls: list[str]) -> float:
+    """Returns the throughput under a constant load. The clients use these proxies in turn."""
+    end = time.monotonic() + SECONDS
+
+    def send(number: int) -> list[float]:
+        done = []
+        with httpx.Client(base_url=urls[number % len(urls)], timeout=TIMEOUT) as client:
+            while time.monotonic() < end:
+                assert client.post("/generate", json=BODY).status_code == 200
+                done.append(time.monotonic())
+        return done
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        done = [at for times in pool.map(send, range(CLIENTS)) for at in times]
+    return BODY["count"] * len(done) / (max(done) - start)
+
+
+def test_two_nodes_have_almost_twice_the_throughput_of_one(launchers: list[list[str]]) -> None:
+    cluster = RayCluster(SHIPPED, num_cpus=1, address=ADDRESSES[0], launcher=launchers[0])
+    try:
+        urls = [cluster.url, cluster.add_node(1, ADDRESSES[1], launchers[1])]
+        throughput = {1: list[float](), 2: list[float]()}
+        for _ in range(REPEATS):
+            for replicas in (1, 2):
+                cluster.deploy(replicas)
+                cluster.wait_until_running(replicas)
+                throughput[replicas].append(images_per_second(urls[:replicas]))  # a node without a replica has no proxy
+                print(f"{replicas} replicas: {throughput[replicas][-1]:.2f} images/s", flush=True)
+        assert {each["node_ip"] for each in cluster.replicas()} == set(ADDRESSES)
+        ratios = [two / one for one, two in zip(*throughput.values(), strict=True)]
+        print(f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        assert statistics.median(ratios) >= 1.8
+    finally:
+        cluster.stop()
