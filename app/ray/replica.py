@@ -6,7 +6,7 @@ as without Ray. The differences are:
     start        the replica gets requests only when the engine is ready
     drain        Ray stops sending requests, and waits for those that the replica has
     metrics      `/metrics` has those of all replicas, with the label `replica`, because Ray's proxy chooses a replica
-    compute      one thread for each CPU that Ray has reserved for the replica, unless UNFOG_NUM_THREADS is set
+    compute      one thread for each CPU that Ray has reserved, because Ray sets OMP_NUM_THREADS to this number
 """
 
 import asyncio
@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
-import ray
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, Metric
 from ray import serve
@@ -43,7 +42,7 @@ class Replica:
     """The deployment. Ray calls the methods."""
 
     def __init__(self) -> None:
-        self._settings = _settings()
+        self._settings = load_settings({})
         configure_logging(self._settings.log_format, self._settings.log_level, start_log())
         keep_freed_memory()
         limit_primitives()
@@ -82,14 +81,6 @@ class Replica:
         )
         found = dict(answer for answer in answers if not isinstance(answer, BaseException))
         return Response(await asyncio.to_thread(merged, found), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-
-def _settings() -> Settings:
-    settings = load_settings({})
-    if settings.num_threads is None:
-        reserved = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-        settings = settings.model_copy(update={"num_threads": max(1, int(reserved))})
-    return settings
 
 
 def _wait_for_engine(app: FastAPI, settings: Settings, replica: str) -> None:
