@@ -30,7 +30,8 @@ UnfogError
     ├── Draining          503  the service is shutting down
     ├── StorageUnavailable 503  the database does not answer
     ├── EngineFailed      503  the engine has failed; the service must be restarted
-    └── ReplicaLost       503  the replica that had the request has died; only behind Ray's proxy
+    ├── ReplicaLost       502  the replica that had the request has stopped; only Ray's proxy sends it
+    └── NoReplica         503  no replica runs; only Ray's proxy sends it
 """
 
 from collections.abc import Mapping
@@ -295,6 +296,12 @@ class EngineFailed(Unavailable):
 
 
 class ReplicaLost(Unavailable):
-    """The replica that had the request has died. Other replicas may accept it."""
+    """The replica that had the request has stopped. Other replicas may accept it."""
 
-    status, code, detail = 503, "replica_lost", "The replica that worked on this request has stopped"
+    status, code, detail = 502, "replica_lost", "The replica that worked on this request has stopped"
+
+
+class NoReplica(Unavailable):
+    """No replica runs."""
+
+    status, code, detail = 503, "no_replica", "No replica is ready"

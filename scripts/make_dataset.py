@@ -7,14 +7,15 @@ not stopped.
 
 import argparse
 import re
+from functools import partial
 from pathlib import Path
 
 from scripts.common.arguments import Parser, add_drawing_arguments, from_arguments, integer, positive
 from scripts.common.drawing import DrawingRequest, check_options
-from scripts.common.errors import reports_errors
+from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter, require_installed
-from scripts.evaluation.dataset import DatasetRequest, equal_numbers, make_dataset
+from scripts.evaluation.dataset import DatasetRequest, OpenEngine, equal_numbers, local_engine, make_dataset
 
 MAX_IMAGES = 1_000_000
 
@@ -25,11 +26,12 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     request = from_arguments(DrawingRequest, args)
     check_options(request)
+    open_engine = engine_of(args)
     if args.format == "parquet":
         require_installed("pyarrow", extra="parquet")
     wanted = DatasetRequest(args.balance or equal_numbers(args.count), args.format, args.min_confidence)
     with Reporter(lambda: "make_dataset: stopped. Run the same command again to continue") as reporter:
-        make_dataset(request, wanted, args.out, reporter)
+        make_dataset(request, wanted, args.out, reporter, open_engine)
 
 
 def build_parser() -> Parser:
@@ -65,8 +67,38 @@ def build_parser() -> Parser:
         help="keep an image only if the judge, a classifier, gives the requested digit at least this probability. A "
         "clear digit gets about 0.96. Dropped images are replaced. The filter reduces the diversity; default: keep all",
     )
+    parser.add_argument(
+        "--engine",
+        choices=["local", "ray"],
+        default="local",
+        help="where the images are generated. local: in this process; ray: by workers on the hosts of a Ray cluster, "
+        "with the same bytes; needs the extra ray-data; default: local",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="address of the Ray cluster; default: RAY_ADDRESS, or a Ray that runs on this machine, or a new one",
+    )
+    parser.add_argument(
+        "--workers",
+        type=integer(1, 10_000),
+        help="number of Ray workers; default: one for each GPU of the cluster, or without GPUs one for each "
+        "--num-threads CPUs (one CPU if --num-threads is not given)",
+    )
     add_drawing_arguments(parser, seed=0)
     return parser
+
+
+def engine_of(args: argparse.Namespace) -> OpenEngine:
+    """Returns the engine of --engine. Imports Ray only for `ray`. Raises ScriptError for options of another engine."""
+    if args.engine == "local":
+        if args.ray_address or args.workers:
+            raise ScriptError("--ray-address and --workers need --engine ray")
+        return local_engine
+    require_installed("ray", "pandas", "pyarrow", extra="ray-data")
+    from scripts.evaluation.dataset_ray import ray_engine
+
+    return partial(ray_engine, address=args.ray_address, num_workers=args.workers)
 
 
 def balance(text: str) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ MAY_USE = {
     "scripts/bench": ["train", "evaluate", "bench"],
     "scripts/": ["train", "evaluate", "clip", "diffusers", "parquet", "ray-data", "tensorboard"],
 }
+WITH_EXTRAS = ("scripts/benchmark/alternatives/", "scripts/evaluation/dataset_ray.py")
 # The code uses private or unstable interfaces of these, so only tested minor versions are permitted.
 BOUNDED_BY_MINOR = {"torch", "uvicorn"}
 DISTRIBUTIONS = importlib.metadata.packages_distributions()
@@ -88,11 +89,11 @@ def test_every_imported_package_is_declared() -> None:
 
 
 def test_scripts_import_packages_of_extras_only_when_they_need_them() -> None:
-    """A script can therefore check its arguments without the extra. The compared servers have no arguments to check."""
+    """A script can therefore check its arguments without the extra. The modules of WITH_EXTRAS have no arguments."""
     found = {
         path: {package for package in imported_at_once(source) if not distributions_of(package) & declared()}
         for path, source in sources().items()
-        if path.startswith(("scripts/", "model/")) and not path.startswith("scripts/benchmark/alternatives/")
+        if path.startswith(("scripts/", "model/")) and not path.startswith(WITH_EXTRAS)
     }
     assert {path: packages for path, packages in found.items() if packages} == {}
 

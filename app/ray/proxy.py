@@ -5,7 +5,7 @@ proxy answers a request whose replica has died with 500 in plain text, or breaks
 
     repeats      the request, if the response has not begun and the same request has the same result: GET, or a request
                  with a seed or with an Idempotency-Key
-    answers      otherwise with 503 and the code `replica_lost`, in the error format of the protocol. A stream that has
+    answers      otherwise with 502 and the code `replica_lost`, in the error format of the protocol. A stream that has
                  begun ends with the event `error`
     translates   the answers of the proxy itself, such as 429 when no replica has room, to this format
     removes      the headers with which a client could turn off its own cancellation or set a time limit of the proxy,
@@ -28,7 +28,7 @@ from app.api.http.error_formats import data_of_error, format_of
 from app.api.http.events import event_text
 from app.api.http.idempotency import HEADER as IDEMPOTENCY_KEY
 from app.api.http.media_types import EVENTS
-from app.errors import BodyTooLarge, DeadlineExceeded, Overloaded, ReplicaLost, Starting, UnfogError
+from app.errors import BodyTooLarge, DeadlineExceeded, NoReplica, Overloaded, ReplicaLost, UnfogError
 
 REMOVED = ("x-request-disconnect-disabled", "x-request-timeout-seconds")  # read by Ray's proxy
 ID = "x-request-id"
@@ -164,7 +164,7 @@ def _error_of_ray(status: int) -> UnfogError:
         return Overloaded(BUSY_SECONDS, "All replicas are busy")
     if status == 408:
         return DeadlineExceeded()
-    return Starting(START_SECONDS, "No replica of the service is running")
+    return NoReplica(START_SECONDS)
 
 
 def _is_repeatable(scope: Scope, content: bytes | None) -> bool:

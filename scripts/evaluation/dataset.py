@@ -2,10 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from model.files import write_atomically, write_json
 from model.pixels import to_pixels
-from scripts.common.drawing import Drawer, DrawingRequest, open_drawer, options_from
+from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
@@ -29,7 +30,18 @@ PIXELS = 28 * 28  # bytes of an image in a part
 RESULTS = ("num_dropped",)  # facts that are known only when the data set is complete
 LOWEST_SHARE = 0.01  # the run ends if the filter keeps a smaller share of the images of a digit
 FEWEST_DRAWN = 300  # images of a digit that are generated before the share is checked
-DrawPart = Callable[[Tensor, Tensor], Tensor]  # (y, index) -> uint8 (N, 1, 28, 28)
+Part = tuple[Tensor, Tensor]  # the labels and the noise indices of its images, int64 (N,) each
+DrawParts = Callable[[Sequence[Part]], Iterator[Tensor]]  # yields the images of each part, uint8 (N, 1, 28, 28)
+
+
+class Engine(NamedTuple):
+    """Generates the images, here or on other machines. Every engine gives the same bytes for the same facts."""
+
+    facts: dict[str, Any]  # those of Drawer.facts, of the processes that generate the images
+    draw: DrawParts  # in the order of the parts. Parts that are known together can be generated at the same time
+
+
+OpenEngine = Callable[[DrawingRequest, Drawer, DrawingOptions, Reporter], AbstractContextManager[Engine]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +70,27 @@ def equal_numbers(count: int) -> tuple[int, ...]:
     return tuple(count // NUM_CLASSES + (digit < count % NUM_CLASSES) for digit in range(NUM_CLASSES))
 
 
-def make_dataset(request: DrawingRequest, wanted: DatasetRequest, folder: Path, reporter: Reporter) -> None:
+@contextmanager
+def local_engine(
+    request: DrawingRequest, drawer: Drawer, options: DrawingOptions, reporter: Reporter
+) -> Iterator[Engine]:
+    """Generates the images in this process."""
+    drawer.compile(request.compile, reporter)
+
+    def draw(parts: Sequence[Part]) -> Iterator[Tensor]:
+        for y, index in parts:
+            yield to_pixels(drawer.draw(y, index, options, reporter, seed=request.seed, batch_size=request.batch_size))
+
+    yield Engine(drawer.facts, draw)
+
+
+def make_dataset(
+    request: DrawingRequest,
+    wanted: DatasetRequest,
+    folder: Path,
+    reporter: Reporter,
+    open_engine: OpenEngine = local_engine,
+) -> None:
     """Generates the images that are missing in the folder and writes the data set.
 
     Raises ScriptError if the checkpoint has other images or classes, if the folder has other content, or if the filter
@@ -71,31 +103,28 @@ def make_dataset(request: DrawingRequest, wanted: DatasetRequest, folder: Path, 
         )
     options = options_from(request, drawer.checkpoint)
     begun = _find(folder)
-    drawer.compile(_compile_mode(request.compile, begun), reporter)
-    facts: dict[str, Any] = {
-        **drawer.facts,
-        "options": options.facts,
-        "seed": request.seed,
-        "count": sum(wanted.num_images),
-        "format": wanted.form,
-        "num_images": list(wanted.num_images),
-    }
-    kept_if = None
-    if wanted.min_confidence is not None:
-        judge = load_classifier("judge")
-        kept_if = Filter(judge.network, wanted.min_confidence)
-        facts |= {"min_confidence": wanted.min_confidence, "judge_sha256": judge.sha256}
-
-    def draw(y: Tensor, index: Tensor) -> Tensor:
-        return to_pixels(drawer.draw(y, index, options, reporter, seed=request.seed, batch_size=request.batch_size))
-
-    if _begin(folder, begun, facts):
-        rows, num_dropped = _fill(labels_of(wanted.num_images), folder / PARTS, draw, kept_if, reporter)
-        if kept_if:
-            facts["num_dropped"], dropped = num_dropped.tolist(), int(num_dropped.sum())
-            num_drawn = facts["count"] + dropped
-            reporter.line(f"The filter dropped {dropped} of {num_drawn} images ({dropped / num_drawn:.2%})")
-        _write(folder, rows, facts, drawer, command_of(request, facts))
+    request = replace(request, compile=_compile_mode(request.compile, begun))
+    with open_engine(request, drawer, options, reporter) as engine:
+        facts: dict[str, Any] = {
+            **engine.facts,
+            "options": options.facts,
+            "seed": request.seed,
+            "count": sum(wanted.num_images),
+            "format": wanted.form,
+            "num_images": list(wanted.num_images),
+        }
+        kept_if = None
+        if wanted.min_confidence is not None:
+            judge = load_classifier("judge")
+            kept_if = Filter(judge.network, wanted.min_confidence)
+            facts |= {"min_confidence": wanted.min_confidence, "judge_sha256": judge.sha256}
+        if _begin(folder, begun, facts):
+            rows, num_dropped = _fill(labels_of(wanted.num_images), folder / PARTS, engine.draw, kept_if, reporter)
+            if kept_if:
+                facts["num_dropped"], dropped = num_dropped.tolist(), int(num_dropped.sum())
+                num_drawn = facts["count"] + dropped
+                reporter.line(f"The filter dropped {dropped} of {num_drawn} images ({dropped / num_drawn:.2%})")
+            _write(folder, rows, facts, drawer, command_of(request, facts))
     reporter.line(f"Wrote {facts['count']} images to {folder}")
 
 
@@ -162,13 +191,15 @@ def _begin(folder: Path, begun: dict[str, Any] | None, facts: dict[str, Any]) ->
 
 
 def _fill(
-    labels: np.ndarray, parts: Path, draw: DrawPart, kept_if: Filter | None, reporter: Reporter
+    labels: np.ndarray, parts: Path, draw: DrawParts, kept_if: Filter | None, reporter: Reporter
 ) -> tuple[Rows, np.ndarray]:
     """Generates an image for each label (N,). Returns the images, and the number of dropped images of each digit.
 
     Each part takes the first labels that have no image, and the next noise indices. An image that the filter drops
-    leaves its label without an image for the next part. The result therefore depends only on the arguments.
+    leaves its label without an image for the next part. The result therefore depends only on the arguments, and with a
+    filter, a part is known only when the part before it is complete.
     """
+    known = None if kept_if else draw(_missing_parts(labels, parts))
     rows = Rows(
         images=np.zeros((len(labels), 28, 28), np.uint8),
         labels=labels,
@@ -180,13 +211,15 @@ def _fill(
     while len(missing):
         places, later = missing[:PART], missing[PART:]
         index = np.arange(start, start + len(places))
-        path = parts / f"{start:07d}"
+        path = _path_of(parts, start)
         if not path.exists():
             state = f", {len(labels) - len(missing)} of {len(labels)} kept so far" if kept_if else f" of {len(labels)}"
             reporter.line(f"Images {start} to {index[-1]}{state}")
-            write_atomically(path, _draw_part(labels[places], index, draw, kept_if))
-        images, confidence = _read_part(path, len(places), kept_if)
-        rows.images[places], rows.noise_index[places] = images, index
+            y = torch.from_numpy(labels[places])
+            (images,) = [next(known)] if known else draw([(y, torch.from_numpy(index))])
+            write_atomically(path, _content_of(images, y, kept_if))
+        pixels, confidence = _read_part(path, len(places), kept_if)
+        rows.images[places], rows.noise_index[places] = pixels, index
         failed = places[:0]
         if kept_if and rows.confidence is not None:
             rows.confidence[places] = confidence
@@ -198,10 +231,19 @@ def _fill(
     return rows, dropped
 
 
-def _draw_part(labels: np.ndarray, index: np.ndarray, draw: DrawPart, kept_if: Filter | None) -> bytes:
-    """Returns the content of a part: the pixels of all images, then the confidences if there is a filter."""
+def _missing_parts(labels: np.ndarray, parts: Path) -> list[Part]:
+    """Returns the parts without a file, if no filter drops images."""
+    starts = [start for start in range(0, len(labels), PART) if not _path_of(parts, start).exists()]
     y = torch.from_numpy(labels)
-    images = draw(y, torch.from_numpy(index))  # (N, 1, 28, 28)
+    return [(y[start : start + PART], torch.arange(start, min(start + PART, len(y)))) for start in starts]
+
+
+def _path_of(parts: Path, start: int) -> Path:
+    return parts / f"{start:07d}"
+
+
+def _content_of(images: Tensor, y: Tensor, kept_if: Filter | None) -> bytes:
+    """Returns the content of a part: the pixels of all images, then the confidences if there is a filter."""
     return images.numpy().tobytes() + (kept_if.confidence(images, y).tobytes() if kept_if else b"")
 
 

@@ -32,7 +32,8 @@ EVERY_ERROR: list[tuple[UnfogError, int, str]] = [
     (errors.Starting(3), 503, "starting"),
     (errors.Draining(3), 503, "draining"),
     (errors.EngineFailed(3), 503, "engine_failed"),
-    (errors.ReplicaLost(3), 503, "replica_lost"),
+    (errors.ReplicaLost(3), 502, "replica_lost"),
+    (errors.NoReplica(3), 503, "no_replica"),
     (errors.StorageUnavailable(3), 503, "storage_unavailable"),
     (errors.StorageFull(), 507, "storage_full"),
     (errors.DeadlineExceeded(), 504, "deadline_exceeded"),
@@ -75,8 +76,8 @@ def test_problem_document_has_the_members_of_rfc_9457(error: UnfogError, status:
 
 
 @cases
-def test_retry_after_is_sent_with_429_and_503_only(error: UnfogError, status: int, code: str) -> None:
-    assert error.headers.get("Retry-After") == ("3" if status in (429, 503) else None)
+def test_retry_after_is_sent_with_429_502_and_503_only(error: UnfogError, status: int, code: str) -> None:
+    assert error.headers.get("Retry-After") == ("3" if status in (429, 502, 503) else None)
 
 
 def test_unauthorized_sends_www_authenticate() -> None:

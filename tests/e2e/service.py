@@ -157,7 +157,7 @@ def assert_problem(response: httpx.Response, status: int, code: str) -> dict[str
     assert problem["title"]
     assert problem["detail"]
     assert not INTERNAL_DETAILS.search(response.text), response.text
-    assert status not in (429, 503) or int(response.headers["retry-after"]) >= 1
+    assert status not in (429, 502, 503) or int(response.headers["retry-after"]) >= 1
     return problem
 
 

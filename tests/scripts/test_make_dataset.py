@@ -1,6 +1,8 @@
 import io
 import json
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,6 +207,22 @@ def test_parquet_without_pyarrow_gives_the_line_that_installs_it(
     assert not (tmp_path / "set").exists()
 
 
+def test_engine_ray_without_ray_gives_the_line_that_installs_it(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as exit_:
+        make("set", "--engine=ray")
+    assert exit_.value.code == 2
+    assert "pip install -e '.[ray-data]'" in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
+
+
+def test_ray_is_imported_only_for_its_engine() -> None:
+    program = "import sys, scripts.make_dataset; sys.exit('ray' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 @pytest.mark.parametrize("form", ["idx", "png", "parquet"])
 def test_balance_gives_each_digit_its_number_of_images(make: Make, form: str) -> None:
     out = make(form, "--balance=0=2,1=5,7=20,8=0", f"--format={form}", count=None)
@@ -250,6 +268,9 @@ def test_data_set_can_have_one_image(make: Make, form: str) -> None:
         (["--balance=1=5", "--count=5"], "not allowed with"),
         (["--min-confidence=1"], "not a number above 0 and below 1"),
         (["--min-confidence=nan"], "not a number above 0"),
+        (["--workers=2"], "--ray-address and --workers need --engine ray"),
+        (["--ray-address=127.0.0.1:1"], "--ray-address and --workers need --engine ray"),
+        (["--engine=ray", "--workers=0"], "not an integer from 1"),
     ],
 )
 def test_wrong_argument_gives_the_reason(

@@ -143,7 +143,7 @@ def test_request_whose_result_is_fixed_is_sent_again(body: bytes, options: dict[
 def test_other_request_is_answered_with_replica_lost(body: bytes, options: dict[str, str]) -> None:
     ray = FakeProxy(dies, succeeds)
     status, headers, content, _ = run(ray, body, **options)
-    assert (status, headers["retry-after"]) == (503, "1")
+    assert (status, headers["retry-after"]) == (502, "1")
     assert b"The replica that worked on this request has stopped" in content
     assert len(ray.bodies) == 1
 
@@ -152,7 +152,7 @@ def test_request_is_sent_at_most_three_times() -> None:
     ray = FakeProxy(*[dies] * 9)
     status, headers, body, _ = run(ray, SEEDED, x_request_id="mine")
     problem = json.loads(body)
-    assert (status, problem["code"], problem["request_id"]) == (503, "replica_lost", "mine")
+    assert (status, problem["code"], problem["request_id"]) == (502, "replica_lost", "mine")
     assert headers["x-request-id"] == "mine"
     assert len(ray.bodies) == proxy.MOST_ATTEMPTS
 
@@ -187,7 +187,7 @@ def test_other_response_that_breaks_stays_incomplete() -> None:
 
 @pytest.mark.parametrize(
     ("of_ray", "status", "code"),
-    [(429, 429, "overloaded"), (503, 503, "starting"), (404, 503, "starting"), (408, 504, "deadline_exceeded")],
+    [(429, 429, "overloaded"), (503, 503, "no_replica"), (404, 503, "no_replica"), (408, 504, "deadline_exceeded")],
 )
 def test_answer_of_the_proxy_becomes_a_problem_document(of_ray: int, status: int, code: str) -> None:
     got, headers, body, _ = run(FakeProxy(answers_itself(of_ray)), SEEDED)
