@@ -4,6 +4,7 @@ Without --data it trains on MNIST, which it downloads. Run the same command agai
 On a CPU, the result has the same bits as an uninterrupted run.
 """
 
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from scripts.common.data.first_look import lines_about
 from scripts.common.errors import reports_errors
 from scripts.common.mnist import mnist_data
 from scripts.common.progress import Reporter
-from scripts.common.stopping import stops_soon
+from scripts.common.stopping import Say, stops_soon
 from scripts.training.auto import AUTO
 from scripts.training.loop import TrainingRequest, train_on
+from scripts.training.processes import Processes, processes_of_environment
 from scripts.training.recipe import preset_names
 from scripts.training.run import stop_message
 
@@ -37,15 +39,28 @@ def main(argv: list[str] | None = None) -> None:
     if args.data:
         check_outside(args.out, args.data)
     args.preset = args.preset or (AUTO if args.data else "default")
-    with Reporter(lambda: stop_message("train", args.out), stop=stops_soon) as reporter:
+    processes = processes_of_environment()
+    with processes.quiet(), new_reporter(args.out, processes) as reporter:
         load = partial(own_data, args.data, args.image_size, args.limit, reporter)
-        load = load if args.data else partial(mnist, args.data_dir, args.limit)
-        train_on(from_arguments(TrainingRequest, args), load, reporter)
+        load = load if args.data else partial(mnist, args.data_dir, args.limit, processes)
+        train_on(from_arguments(TrainingRequest, args), load, reporter, processes)
 
 
-def mnist(folder: Path, limit: int | None) -> DataSet:
-    """Loads MNIST with at most `limit` training images of each class. None means all. Raises ScriptError."""
-    return mnist_data(folder).limited(limit)
+def new_reporter(out: Path, processes: Processes) -> Reporter:
+    """Returns a reporter that says how a stopped run can be resumed, in the first process only."""
+
+    def stop(say: Say) -> AbstractContextManager[None]:
+        return stops_soon(say if processes.is_first else lambda number: None)
+
+    return Reporter(lambda: stop_message("train", out), stop=stop)
+
+
+def mnist(folder: Path, limit: int | None, processes: Processes) -> DataSet:
+    """Loads MNIST with at most `limit` training images of each class. None means all. Raises ScriptError.
+
+    Of several processes, only one downloads it to a folder.
+    """
+    return processes.in_turn(partial(mnist_data, folder)).limited(limit)
 
 
 def own_data(path: Path, image_size: int | None, limit: int | None, reporter: Reporter) -> DataSet:

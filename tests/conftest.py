@@ -49,6 +49,7 @@ FIRST = (
     "tests/e2e/test_compiled.py",
     "tests/model/compiled/test_triton.py",
     "tests/scripts/test_distil.py",
+    "tests/scripts/training/test_several_processes.py",
 )
 
 

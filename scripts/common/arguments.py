@@ -300,4 +300,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="compile the training step. auto (default): on a CPU, if a compiler is found; on: compile, or exit with "
         "an error; off: never",
     )
-    parser.add_argument("--num-threads", type=integer(1, 1024), help="number of CPU threads; default: chosen by torch")
+    parser.add_argument(
+        "--num-threads",
+        type=integer(1, 1024),
+        help="number of CPU threads of each process; default: chosen by torch, or with torchrun the cores of the host "
+        "divided among its processes",
+    )

@@ -42,6 +42,7 @@ from scripts.evaluation.classifiers import load_classifier
 from scripts.training.adversary import Adversary
 from scripts.training.loop import TrainingRequest, train
 from scripts.training.objective import HeldOut, Losses, LossOf, half_mirrored
+from scripts.training.processes import processes_of_environment
 from scripts.training.recipe import STUDENT_SAMPLER, TEACHER_SAMPLER, DistillationRecipe, Recipe
 from scripts.training.run import TEACHER, exclusive
 from scripts.training.trainer import Trainer, uses_bfloat16
@@ -310,6 +311,8 @@ def distil(request: TrainingRequest, teacher: Path, load: Callable[[], DataSet],
     schedule and the prediction of its teacher. Stops at the time limit. Raises CheckpointError if the teacher cannot be
     loaded. Raises ScriptError if the recipe does not match the teacher, the data or the folder.
     """
+    if processes_of_environment().count > 1:
+        raise ScriptError("distillation runs in a single process. Start it without torchrun, or unset WORLD_SIZE")
     loaded = checkpoint.load(teacher)
     recipe = request.load_recipe(teacher=loaded.config)
     distillation = _check(recipe, loaded.config)

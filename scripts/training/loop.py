@@ -4,6 +4,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from scripts.common.progress import Reporter, is_installed
 from scripts.training.auto import AUTO, choices_for, describe
 from scripts.training.card import CARD, CURVES, card
 from scripts.training.objective import DenoisingObjective
+from scripts.training.processes import ALONE, Processes
 from scripts.training.recipe import Recipe, is_for_distillation, load_recipe
 from scripts.training.run import MODEL, STATE, Run, exclusive
 from scripts.training.tensorboard import TENSORBOARD, tensorboard_writer
@@ -43,7 +45,7 @@ class TrainingRequest:
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     compile: str = "auto"  # auto, on or off
-    num_threads: int | None = None  # None means torch's default
+    num_threads: int | None = None  # None means torch's default, or with several processes all cores divided among them
     start_from: Path | None = None  # checkpoint with the first weights; None means random weights
     flip: bool = False  # mirror each training image with probability 0.5
     tensorboard: bool = False  # write losses and images for TensorBoard
@@ -56,15 +58,15 @@ class TrainingRequest:
         recipe = load_recipe(self.preset, data, self.epochs, teacher)
         return recipe.model_copy(update={"flip": True}) if self.flip else recipe
 
-    def prepare(self) -> tuple[torch.device, bool]:
+    def prepare(self, processes: Processes = ALONE) -> tuple[torch.device, bool]:
         """Sets torch's threads and allocator. Returns the device, and True if the training step will be compiled.
 
         Raises ScriptError if the device or a required compiler is not available.
         """
-        if self.num_threads:
-            torch.set_num_threads(self.num_threads)
+        if num_threads := self.num_threads or processes.default_threads:
+            torch.set_num_threads(num_threads)
         keep_freed_memory()
-        device = choose_device(self.device)
+        device = choose_device(self.device, processes)
         return device, should_compile(self.compile, device)
 
     def run_of(self, recipe: Recipe, data: str, class_names: tuple[str, ...]) -> Run:
@@ -72,43 +74,68 @@ class TrainingRequest:
         return Run(self.out, Path(self.preset).stem, recipe, self.seed, data, class_names)
 
 
-def train_on(request: TrainingRequest, load: Callable[[], DataSet], reporter: Reporter) -> None:
-    """Trains the network of the preset on the data that `load` returns. Raises ScriptError if it cannot start."""
+def train_on(
+    request: TrainingRequest, load: Callable[[], DataSet], reporter: Reporter, processes: Processes = ALONE
+) -> None:
+    """Trains the network of the preset on the data that `load` returns. Raises ScriptError if it cannot start.
+
+    All processes call it with the same request.
+    """
     if is_for_distillation(request.preset):
         raise ScriptError(f"the preset {request.preset} is for distillation. Use it with scripts.distil")
     start = checkpoint.load(request.start_from) if request.start_from else None
     check_folder(request)
-    device, compiled = request.prepare()
-    data = load()  # after everything that can be checked without it, because it can take minutes
-    if request.preset == AUTO:
-        reporter.line(f"chosen for this data: {', '.join(describe(choices_for(data, request.epochs)))}")
-    recipe = request.load_recipe(data)
+    device, compiled = request.prepare(processes)
+    with processes.connected(device):
+        data = load()  # after everything that can be checked without it, because it can take minutes
+        if request.preset == AUTO:
+            reporter.line(f"chosen for this data: {', '.join(describe(choices_for(data, request.epochs)))}")
+        recipe = request.load_recipe(data)
+        _check_batch(recipe, data, processes)
+        weights = first_weights(start, recipe, str(request.start_from)) if start else None
+        objective = DenoisingObjective(recipe, data.learn, data.validate, device)
+        trainer = Trainer(
+            recipe,
+            objective,
+            seed=request.seed,
+            device=device,
+            compiled=compiled,
+            start=weights,
+            processes=processes,
+        )
+        run = request.run_of(recipe, data.description, data.class_names)
+        if start:
+            run.start = start
+            for line in notes_about_start(start, data):
+                reporter.line(line)
+        processes.check_equal((run.identity, torch.__version__), "recipe, seed, data, starting checkpoint or PyTorch")
+        with exclusive(run.folder) if processes.is_first else nullcontext():
+            if processes.is_first and not (data.known_as or (run.folder / STATE).exists()):
+                save_sheet(data, run.folder / SHEET)
+                reporter.line(f"wrote some training images of each class to {run.folder / SHEET}")
+            if request.tensorboard:
+                run.watch = tensorboard_writer(run.folder / TENSORBOARD)
+            train(trainer, run, reporter, time_limit=request.time_limit)
+            _write_card(trainer, run, data)
+
+
+def _check_batch(recipe: Recipe, data: DataSet, processes: Processes) -> None:
     if recipe.batch_size > len(data.learn):
         raise ScriptError(
             f"batch_size is {recipe.batch_size}, but there are only {len(data.learn)} training images. "
             "Use --preset auto"
         )
-    weights = first_weights(start, recipe, str(request.start_from)) if start else None
-    objective = DenoisingObjective(recipe, data.learn, data.validate, device)
-    trainer = Trainer(recipe, objective, seed=request.seed, device=device, compiled=compiled, start=weights)
-    run = request.run_of(recipe, data.description, data.class_names)
-    if start:
-        run.start = start
-        for line in notes_about_start(start, data):
-            reporter.line(line)
-    with exclusive(run.folder):
-        if not (data.known_as or (run.folder / STATE).exists()):
-            save_sheet(data, run.folder / SHEET)
-            reporter.line(f"wrote some training images of each class to {run.folder / SHEET}")
-        if request.tensorboard:
-            run.watch = tensorboard_writer(run.folder / TENSORBOARD)
-        train(trainer, run, reporter, time_limit=request.time_limit)
-        _write_card(trainer, run, data)
+    if recipe.batch_size < processes.count:
+        raise ScriptError(
+            f"batch_size is {recipe.batch_size}, so at most {recipe.batch_size} processes can train. There are "
+            f"{processes.count}. Use fewer, or a recipe with a larger batch_size"
+        )
 
 
 def _write_card(trainer: Trainer, run: Run, data: DataSet) -> None:
-    """Writes the card and the curves of a finished run, unless the folder has a card."""
-    if trainer.epoch == run.recipe.epochs and not (run.folder / CARD).exists():
+    """Writes the card and the curves of a finished run, unless the folder has a card. The first process does this."""
+    is_finished = trainer.epoch == run.recipe.epochs
+    if trainer.processes.is_first and is_finished and not (run.folder / CARD).exists():
         num_parameters = sum(p.numel() for p in trainer.network.parameters())
         if is_installed("matplotlib"):
             plot_losses([run.folder], run.folder / CURVES)
@@ -159,7 +186,7 @@ def first_weights(loaded: Checkpoint, recipe: Recipe, name: str) -> dict[str, Te
 
 
 def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float | None = None) -> None:
-    """Runs the remaining epochs. No other process may use the folder of the run (see `exclusive`).
+    """Runs the remaining epochs. No process of another training may use the folder of the run (see `exclusive`).
 
     After `time_limit` minutes it saves the state and stops, but not before the end of the first epoch.
     """
@@ -197,7 +224,7 @@ def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float |
             f"validation {result.validation_loss:.5f}{'  best' if best else ''}  "
             f"lr {result.learning_rate:.1e}  {seconds:.0f} s, {minutes_left:.0f} min left"
         )
-    if not (run.folder / MODEL).exists():
+    if trainer.processes.is_first and not (run.folder / MODEL).exists():
         raise ScriptError("no epoch had a validation loss that is a number. Use a lower learning rate, optimizer.lr")
     reporter.line(f"finished: {run.folder / MODEL}")
     reporter.line(f"serve it: scripts/serve --model {shlex.quote(f'{run.name}={run.folder / MODEL}')}")
@@ -215,7 +242,8 @@ def _epoch(trainer: Trainer, run: Run, reporter: Reporter, end: float) -> EpochR
     def on_steps(count: int, loss: float) -> None:
         nonlocal saved_at
         task.advance(count * batch_size, f"loss {loss:.4f}")
-        is_late = bool(run.results) and time.perf_counter() > end
+        # With a time limit, the clock of the first process decides, so that all processes stop after the same step.
+        is_late = end < math.inf and bool(run.results) and trainer.processes.from_first(time.perf_counter() > end)
         if is_late or time.monotonic() - saved_at > SAVE_SECONDS:
             run.save_state(trainer)
             saved_at = time.monotonic()
@@ -226,18 +254,34 @@ def _epoch(trainer: Trainer, run: Run, reporter: Reporter, end: float) -> EpochR
         return trainer.run_epoch(on_steps)
 
 
-def choose_device(name: str) -> torch.device:
-    """Returns the device that --device names. Raises ScriptError if this machine does not have it."""
+def choose_device(name: str, processes: Processes = ALONE) -> torch.device:
+    """Returns the device that --device names. Each of several processes on a host has a GPU of its own.
+
+    Raises ScriptError if this machine does not have it.
+    """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type not in ("cpu", "cuda"):
             raise ScriptError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ScriptError(f"--device {name}: no CUDA device found")
+        if device.type == "cuda" and processes.count > 1:
+            device = _own_gpu(name, processes)
         torch.empty(0, device=device)  # fails for cuda:N above the last device
     except RuntimeError as error:
         raise ScriptError(str(error)) from error
     return device
+
+
+def _own_gpu(name: str, processes: Processes) -> torch.device:
+    if ":" in name:
+        raise ScriptError(f"--device {name}: with torchrun, each process has a GPU of its own. Use --device cuda")
+    if processes.local_count > (num_gpus := torch.cuda.device_count()):
+        raise ScriptError(
+            f"torchrun has started {processes.local_count} processes on a host with {num_gpus} GPUs. Use "
+            f"--nproc-per-node {num_gpus}, or --device cpu"
+        )
+    return torch.device("cuda", processes.local_rank)
 
 
 def should_compile(wanted: str, device: torch.device) -> bool:

@@ -112,14 +112,13 @@ class Run:
 
         Raises ScriptError if the state cannot be read, or if its identity or its release is another one.
         """
-        path = self.folder / STATE
-        for name in (STATE, MODEL):
-            for left_over in self.folder.glob(f".{name}.*"):  # by a process that was killed while it saved
-                left_over.unlink(missing_ok=True)
-        if not path.exists():
+        path, processes = self.folder / STATE, trainer.processes
+        # Only the host of the first process needs the folder.
+        content = processes.from_first(self._read_state() if processes.is_first else None)
+        if content is None:
             return False
         try:
-            state = torch.load(path, map_location=trainer.device, weights_only=True)
+            state = torch.load(io.BytesIO(content), map_location=trainer.device, weights_only=True)
             identity = state["identity"]
         except Exception as error:
             raise ScriptError(f"{path} cannot be read ({type(error).__name__}). Use another --out folder") from error
@@ -134,8 +133,17 @@ class Run:
             raise ScriptError(f"{path} was written by another release of unfog. Use another --out folder") from error
         return True
 
+    def _read_state(self) -> bytes | None:
+        for name in (STATE, MODEL):
+            for left_over in self.folder.glob(f".{name}.*"):  # by a process that was killed while it saved
+                left_over.unlink(missing_ok=True)
+        path = self.folder / STATE
+        return path.read_bytes() if path.exists() else None
+
     def record(self, trainer: Trainer, result: EpochResult) -> bool:
         """Writes the files of an epoch. Returns True if its validation loss is the lowest so far.
+
+        Of several processes, only the first writes them.
 
         The checkpoint is that of the lowest loss. With an adversary it is always the last one, because the squared
         error, which favours blurred images, does not show how much better the images get.
@@ -143,6 +151,8 @@ class Run:
         loss = result.validation_loss
         best = math.isfinite(loss) and not any(earlier.validation_loss <= loss for earlier in self.results)
         self.results.append(result)
+        if not trainer.processes.is_first:
+            return best
         if best or (self.recipe.adversary and math.isfinite(loss)):
             self.safe_save_model(trainer)
         columns = min(len(self.class_names), GRID_COLUMNS)
@@ -154,7 +164,12 @@ class Run:
         return best
 
     def save_state(self, trainer: Trainer) -> None:
-        """Writes the state from which a resumed run continues, within an epoch or between two epochs."""
+        """Writes the state from which a resumed run continues, within an epoch or between two epochs.
+
+        All processes have the same state, and the first one writes it.
+        """
+        if not trainer.processes.is_first:
+            return
         state = {
             "identity": self.identity,
             "arithmetic": trainer.arithmetic,

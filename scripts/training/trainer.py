@@ -2,7 +2,8 @@
 
 All random numbers of an epoch come from a generator that is seeded with (seed, epoch). The state within an epoch is the
 number of its steps, the sum of their losses and the state of the generator. A resumed run continues with the same
-random numbers, and on a CPU with the same bits.
+random numbers, and on a CPU with the same bits. Several processes train with the same random numbers as one (see
+processes.py), and every process has the same weights and the same state.
 
 On a GPU the training step runs as a CUDA graph (graphs.py). The host waits for the GPU only to report progress.
 """
@@ -23,6 +24,7 @@ from model.precision import fast_dtype
 from model.unet import UNet
 from scripts.training.graphs import CudaGraph, GraphedStep, MakeGraph
 from scripts.training.objective import Objective
+from scripts.training.processes import ALONE, Processes
 from scripts.training.recipe import Recipe
 
 OnSteps = Callable[[int, float], None]
@@ -44,7 +46,7 @@ class Trainer:
     """Holds the network, its moving average, the optimizer, the learning rate and the epoch.
 
     `start` contains the initial weights of the network. `averaged` is the network that is saved in the checkpoint. With
-    `make_graph` the step runs as a graph; the default is a CUDA graph on a GPU and no graph on a CPU.
+    `make_graph` the step runs as a graph; the default is a CUDA graph if one process trains on a GPU, otherwise none.
     """
 
     def __init__(
@@ -57,15 +59,20 @@ class Trainer:
         compiled: bool,
         start: dict[str, Tensor] | None = None,
         make_graph: MakeGraph | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         torch.manual_seed(seed)
         self.recipe, self.objective, self.seed, self.device = recipe, objective, seed, device
+        self.processes = processes
         self.network = _new_network(recipe, device)
         if start:
             self.network.load_state_dict(start)
+        processes.copy_from_first(list(self.network.parameters()))
         self.averaged = copy.deepcopy(self.network).eval().requires_grad_(False)
         self._autocast = uses_bfloat16(recipe, device)
-        self._make_graph = make_graph or (CudaGraph if device.type == "cuda" else None)
+        # A graph of several processes would have to record NCCL's operations, which was never tried.
+        has_graph = device.type == "cuda" and processes.count == 1
+        self._make_graph = make_graph or (CudaGraph if has_graph else None)
         self.steps_per_report = GPU_REPORT_STEPS if device.type == "cuda" else 1
         self._generator = torch.Generator(device)
         self._loss_of = objective.loss_of(self._generator)
@@ -91,11 +98,13 @@ class Trainer:
         self._total = torch.zeros((), device=device)  # the sum of their losses
         self.compiled = compiled
         if compiled:
-            use_private_compile_cache(default_cache())
-        self.denoiser = torch.compile(self._denoise, dynamic=False) if compiled else self._denoise
+            processes.remove_unfinished(use_private_compile_cache(default_cache()))
+        self.denoiser = processes.shared(torch.compile(self._denoise, dynamic=False) if compiled else self._denoise)
         # Two runs have the same bits only if this description, the recipe and the seed are the same.
-        self.arithmetic = f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads" + (
-            ", compiled" if compiled else ""
+        self.arithmetic = (
+            f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads"
+            + (", compiled" if compiled else "")
+            + (f", {processes.count} processes" if processes.count > 1 else "")
         )
 
     @property
@@ -131,7 +140,8 @@ class Trainer:
         train_loss = self._total.item() / self.steps_per_epoch
         self.epoch, self._num_done = self.epoch + 1, 0
         self._total.zero_()
-        validation_loss, band_losses = self.objective.validation_losses(self.denoise_averaged)
+        losses = self.objective.validation_losses(self.processes.shared(self.denoise_averaged))
+        validation_loss, band_losses = self.processes.from_first(losses)  # equal, so that the plateau is too
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         if self.recipe.lr_schedule.name == "plateau":
             self.plateau.step(validation_loss)
@@ -196,6 +206,7 @@ class Trainer:
         loss = self._loss_of(self.denoiser, self._rows)
         self.optimizer.zero_grad()
         loss.backward()
+        self.processes.add_up([p.grad for p in self.network.parameters() if p.grad is not None])
         if self.recipe.grad_clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.grad_clip)
         self.optimizer.step()
