@@ -14,6 +14,9 @@ versions      throughput and latency of this version and of the version in the f
 batches       latency of requests while a batch runs, and the throughput of the batch
 streams       throughput while every client streams previews, and while a viewer reads the batch events
 host          host cost of the service: its work on the processor while the device computes; also compared with --base
+replicas      two replicas behind HAProxy with requests at random times, compared with a simulation of the replicas
+routing       simulation of more replicas behind different routers, with the step times that `replicas` has measured
+scaling       machines, shared parts and cost for 10 to 100,000 images per second, computed from the results
 profile       time of each kind of kernel in a reverse step, not compiled and compiled
 page          write a page of tables from the JSON files of one machine
 
@@ -44,6 +47,9 @@ from scripts.benchmark.modes import (
 )
 from scripts.benchmark.page import write_page
 from scripts.benchmark.profile import measure_profile
+from scripts.benchmark.replicas import measure_replicas
+from scripts.benchmark.routing import measure_routing
+from scripts.benchmark.scaling import print_scaling
 from scripts.benchmark.streams import measure_streams
 from scripts.benchmark.training import measure_training
 from scripts.benchmark.versions import measure_versions
@@ -66,6 +72,9 @@ MODES = (
     "batches",
     "streams",
     "host",
+    "replicas",
+    "routing",
+    "scaling",
     "profile",
     "page",
 )
@@ -93,6 +102,8 @@ def _run(args: argparse.Namespace, reporter: Reporter) -> None:
             measure_memory(args.out, reporter)
         case "versions" | "batches" | "streams" | "host":
             _compare(args, reporter)
+        case "replicas" | "routing" | "scaling":
+            _scale(args, reporter)
         case "profile":
             measure_profile(args.rows, args.num_threads, args.out, reporter)
         case "page":
@@ -113,6 +124,16 @@ def _compare(args: argparse.Namespace, reporter: Reporter) -> None:
             measure_streams(args.pairs, args.seconds, args.out, reporter)
         case "host":
             measure_host(args.base, args.repeats, args.seconds, args.out, reporter)
+
+
+def _scale(args: argparse.Namespace, reporter: Reporter) -> None:
+    match args.mode:
+        case "replicas":
+            measure_replicas(args.repeats, args.seconds, args.loop_seconds, args.out, reporter)
+        case "routing":
+            measure_routing(args.measured, args.requests, args.out, reporter)
+        case "scaling":
+            print_scaling(args.folder, reporter)
 
 
 def _measure_loads(args: argparse.Namespace, reporter: Reporter) -> None:
@@ -137,7 +158,7 @@ def _options(args: argparse.Namespace) -> Options:
 def _packages_of(args: argparse.Namespace) -> tuple[str, ...]:
     """Returns the packages of the extra `bench` that the mode needs."""
     match args.mode:
-        case "training" | "profile" | "page":
+        case "training" | "profile" | "page" | "routing" | "scaling":
             return ()
         case "endurance":
             return ("psutil", "scipy")
@@ -161,7 +182,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(metavar="|".join(MODES), dest="mode")
     added = {mode: commands.add_parser(mode) for mode in MODES}
     closed, open_, models, alternatives, pipeline, training, endurance, *others = added.values()
-    memory, versions, batches, streams, host, profile, page = others
+    memory, versions, batches, streams, host, replicas, routing, scaling, profile, page = others
     for command in (closed, open_, models, alternatives, pipeline):
         _add_options(command)
     pipeline.add_argument("folder", type=Path, help="folder with a pipeline of diffusers without classes")
@@ -225,14 +246,35 @@ def build_parser() -> Parser:
         "--repeats", type=integer(1, 100), default=5, help="measurements of each figure and version; default: 5"
     )
     host.add_argument("--seconds", type=positive, default=6.0, help="seconds per load over HTTP; default: 6")
+    _add_scaling_arguments(replicas, routing, scaling)
     profile.add_argument("--rows", type=integer(1, 4096), default=64, help="rows per step; default: 64")
     profile.add_argument("--num-threads", type=integer(1, 1024), help="compute threads; default: PyTorch's choice")
     measured = closed, open_, models, alternatives, pipeline, training, endurance, memory, versions
-    for command in (*measured, batches, streams, host, profile):
+    for command in (*measured, batches, streams, host, replicas, routing, profile):
         command.add_argument("--out", type=Path, required=command is not profile, help=".json file for the raw results")
     page.add_argument("folder", type=Path, help="folder with JSON files of the other modes, all from one machine")
     page.add_argument("--out", type=file_to_write(".md"), required=True, help="page to write, a .md file")
     return parser
+
+
+def _add_scaling_arguments(
+    replicas: argparse.ArgumentParser, routing: argparse.ArgumentParser, scaling: argparse.ArgumentParser
+) -> None:
+    replicas.add_argument(
+        "--repeats", type=integer(1, 100), default=5, help="measurements of each request rate; default: 5"
+    )
+    replicas.add_argument("--seconds", type=positive, default=40.0, help="seconds per measurement; default: 40")
+    replicas.add_argument(
+        "--loop-seconds",
+        type=positive,
+        default=4.0,
+        help="seconds of each closed loop that measures the inputs of the simulation; default: 4",
+    )
+    routing.add_argument("measured", type=Path, help="JSON file of the mode replicas")
+    routing.add_argument(
+        "--requests", type=integer(100), default=20_000, help="requests that count in each simulation; default: 20000"
+    )
+    scaling.add_argument("folder", type=Path, help="folder with the results: docs/results, or a copy with your values")
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:

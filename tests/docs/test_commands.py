@@ -8,7 +8,8 @@ import pytest
 from scripts.training.recipe import load_recipe
 from tests.docs.markdown import ROOT, blocks, commands
 
-DOCUMENTS = tuple(f"docs/{name}.md" for name in ("training", "evaluation", "ablations", "model-card", "benchmarks"))
+NAMES = ("training", "evaluation", "ablations", "model-card", "benchmarks", "scaling")
+DOCUMENTS = tuple(f"docs/{name}.md" for name in NAMES)
 PREFIX = "python -m scripts."
 TRACKED_FOLDERS = ("docs/", "model/", "scripts/")
 

@@ -1,0 +1,168 @@
+"""Compares routers in the simulation of cluster_simulation.py.
+
+The replicas have the speed that `python -m scripts.bench replicas` has measured, the default settings of the service,
+and one thread. All routers get the same arrivals.
+"""
+
+import json
+import os
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from app.engine.job import JobRequest, Options
+from model.files import write_json
+from scripts.benchmark.clients import arrivals
+from scripts.benchmark.cluster_simulation import (
+    LATE,
+    OK,
+    REFUSED,
+    Arrival,
+    Cluster,
+    Outcome,
+    ReplicaModel,
+    percentiles_of,
+)
+from scripts.benchmark.routers import BY_IMAGES, ROUTERS
+from scripts.common.progress import Reporter
+from scripts.evaluation.tables import as_table
+
+NUM_REPLICAS = (2, 8, 64)
+SHARES = (0.5, 0.7, 0.9, 0.95)  # of the capacity
+# How old the numbers of images can be that a router knows, in seconds. 0: it always knows the present numbers.
+REPORT_SECONDS = (0.0, 0.1, 1.0)
+SINGLE, MIX, DEADLINE = "one image", "mix", "mix, deadline of 10 s"
+# The share of the requests by their number of images. No trace of real requests was available. The mix has the extremes
+# of what the service accepts by default, and a quarter to a half of its images come from each kind of request.
+OF_MIX = {1: 0.90, 8: 0.08, 64: 0.02}
+LOADS: dict[str, dict[int, float]] = {SINGLE: {1: 1.0}, MIX: OF_MIX, DEADLINE: OF_MIX}
+TIMEOUTS = {DEADLINE: 10.0}  # seconds; the other loads have the default of the service, at least 30 s
+LEAST_SECONDS = 80.0  # of a simulation: about eight times as long as the slowest requests take
+SEED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A simulation: a load, and replicas behind a router."""
+
+    load: str
+    num_replicas: int
+    share: float
+    router: str
+    report_seconds: float
+
+
+def measure_routing(measured: Path, requests: int, out: Path, reporter: Reporter) -> None:
+    """Simulates all cases, writes the results and prints the tables.
+
+    `measured` is the JSON file of the mode `replicas`. `requests` is the number of requests of a case that count.
+    """
+    content = json.loads(measured.read_text())
+    model, num_steps = model_of(content["rows"]), content["num_steps"]
+    rows = list[dict[str, Any]]()
+    processes = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"))
+    with processes as pool, reporter.task("simulating", len(CASES), "cases") as task:
+        arguments = zip(*((case, model, num_steps, requests) for case in CASES), strict=True)
+        for row in pool.map(result_of, *arguments):
+            rows.append(row)
+            task.advance(1)
+            write_json(out, {"model": asdict(model), "num_steps": num_steps, "requests": requests, "rows": rows})
+    for title, table in tables_of(rows).items():
+        reporter.line(f"{title}\n{table}")
+
+
+def model_of(rows: Sequence[Mapping[str, Any]]) -> ReplicaModel:
+    """Returns a replica with the medians of the inputs in the rows of the mode `replicas`."""
+    inputs = [row["inputs"] for row in rows]
+    seconds = {
+        int(count): statistics.median(each["seconds_by_rows"][count] for each in inputs)
+        for count in inputs[0]["seconds_by_rows"]
+    }
+    return ReplicaModel(seconds, statistics.median(each["request_seconds"] for each in inputs))
+
+
+def result_of(case: Case, model: ReplicaModel, num_steps: int, requests: int) -> dict[str, Any]:
+    """Returns the figures of a case. The requests of the first fifth of the time do not count."""
+    shares = LOADS[case.load]
+    mean_images = sum(count * share for count, share in shares.items())
+    rate = case.share * case.num_replicas * model.capacity(mean_images * num_steps)
+    counted_seconds = max(requests / rate, LEAST_SECONDS)
+    settle, until = 0.25 * counted_seconds, 1.25 * counted_seconds
+    cluster = Cluster(model, case.num_replicas, ROUTERS[case.router](SEED), case.report_seconds)
+    outcomes = cluster.run(arrivals_of(case.load, num_steps, rate), until)
+    return {**asdict(case), "rate": rate, **_figures_of([outcome for outcome in outcomes if outcome.at >= settle])}
+
+
+def arrivals_of(load: str, num_steps: int, rate: float) -> Iterator[Arrival]:
+    """Yields random arrivals of a load at this rate."""
+    choose, options = random.Random(f"images {SEED}"), Options(0, 0, num_steps, "dpmpp", 1.0)
+    requests = [JobRequest(options, count, timeout=TIMEOUTS.get(load)) for count in LOADS[load]]
+    shares = list(LOADS[load].values())
+    for at in arrivals(rate, SEED):
+        yield Arrival(at, choose.choices(requests, shares)[0])
+
+
+def _figures_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    counts = sorted({outcome.images for outcome in outcomes})
+    of = {
+        count: [outcome.latency for outcome in outcomes if outcome.status == OK and outcome.images == count]
+        for count in counts
+    }
+    return {
+        "requests": len(outcomes),
+        "refused": sum(outcome.status == REFUSED for outcome in outcomes) / len(outcomes),
+        "late": sum(outcome.status == LATE for outcome in outcomes) / len(outcomes),
+        "latencies": {f"{count}": percentiles_of(latencies) for count, latencies in of.items()},
+    }
+
+
+def _cases() -> Iterator[Case]:
+    loads = [(MIX, num_replicas, share) for num_replicas in NUM_REPLICAS for share in SHARES]
+    loads += [(SINGLE, 8, 0.9), *((DEADLINE, 8, share) for share in SHARES[-2:])]
+    for load, num_replicas, share in loads:
+        for router in ROUTERS:
+            for seconds in REPORT_SECONDS if router in BY_IMAGES else (0.0,):
+                yield Case(load, num_replicas, share, router, seconds)
+
+
+CASES = tuple(_cases())
+
+
+def tables_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Returns the tables by title. They have a line for each router."""
+
+    def of(load: str, **fixed: float) -> list[Mapping[str, Any]]:
+        return [row for row in rows if row["load"] == load and fixed.items() <= row.items()]
+
+    return {
+        "By number of replicas": _table(of(MIX, share=0.9), "num_replicas", "{} replicas", _latencies),
+        "By load": _table(of(MIX, num_replicas=8), "share", "{:g} of the capacity", _latencies),
+        "With deadlines": _table(of(DEADLINE, num_replicas=8), "share", "{:g} of the capacity", _refusals),
+    }
+
+
+def _table(
+    rows: Sequence[Mapping[str, Any]], column: str, title: str, cell_of: Callable[[Mapping[str, Any]], str]
+) -> str:
+    values = list(dict.fromkeys(row[column] for row in rows))
+    lines = []
+    for router, seconds in dict.fromkeys((row["router"], row["report_seconds"]) for row in rows):
+        found = {row[column]: row for row in rows if (row["router"], row["report_seconds"]) == (router, seconds)}
+        name = f"{router}, {seconds:g} s old" if seconds else router
+        lines.append([name, *(cell_of(found[value]) for value in values)])
+    return as_table(("router", *(title.format(value) for value in values)), lines)
+
+
+def _latencies(row: Mapping[str, Any]) -> str:
+    """Returns the p95 latencies of requests of 1 and of 64 images."""
+    of_one, of_many = (row["latencies"][count]["p95"] for count in ("1", "64"))
+    return f"{of_one:.2f} and {of_many:.1f}"
+
+
+def _refusals(row: Mapping[str, Any]) -> str:
+    return f"{row['refused']:.2%}"
