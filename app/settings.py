@@ -5,6 +5,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -18,7 +19,7 @@ from model.spec import SHIPPED, SHIPPED_FAST, SHIPPED_MODELS
 
 PREFIX = "UNFOG_"
 KEYS_VARIABLE = "UNFOG_API_KEYS"
-SECRET_FIELDS = {"api_keys", "database_url", "webhook_secret"}  # an error does not show their values
+SECRET_FIELDS = {"api_keys", "database_url", "rate_limit_url", "webhook_secret"}  # an error does not show their values
 OFF = "off"
 ANY = "*"
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
@@ -161,6 +162,23 @@ def _database_url(value: SecretStr) -> SecretStr:
     """Raises ValueError unless the value is the URL of a PostgreSQL database. The message does not contain it."""
     if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
         raise ValueError("must have the form postgresql://USER:PASSWORD@HOST/NAME")
+    return value
+
+
+def _rate_limit_url(value: SecretStr) -> SecretStr:
+    """Raises ValueError unless the value is the URL of a Redis server and its client is installed.
+
+    The message does not contain the URL.
+    """
+    try:
+        url = urlsplit(value.get_secret_value())
+        is_valid = url.scheme in ("redis", "rediss") and bool(url.hostname) and url.port != 0
+    except ValueError:  # an invalid port or address
+        is_valid = False
+    if not is_valid:
+        raise ValueError("must have the form redis://:PASSWORD@HOST:PORT/NUMBER, or rediss:// with TLS")
+    if not (find_spec("limits") and find_spec("redis")):
+        raise ValueError("needs the extra `redis`. Install it with: pip install -e '.[redis]'")
     return value
 
 
@@ -320,6 +338,11 @@ class Settings(BaseSettings):
     as 600/minute or 10/second,600/minute, separated by commas. Requests to /health, /livez, /readyz, /startupz,
     /metrics, /docs, /openapi.json and the web page, and GET requests below /v2, are not limited and not counted
     (default: off)"""
+    rate_limit_url: Annotated[SecretStr, AfterValidator(_rate_limit_url)] | None = None
+    """Redis server in which services count the requests of UNFOG_RATE_LIMIT together, as
+    redis://:PASSWORD@HOST:PORT/NUMBER, or rediss:// with TLS. While it does not answer, each process counts alone.
+    Needs the extra `redis`. Other users can see the flag in the process list, so use the variable or a secret file
+    (default: none, each process counts alone)"""
     cors_origins: Origins = ()
     """origins whose web pages may call the service (CORS), such as https://example.com, separated by commas; * permits
     every origin (default: none)"""

@@ -18,6 +18,7 @@ from tests.compose_limits import memory_limit
 
 ROOT = Path(__file__).parents[1]
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
+REPLICAS = (ROOT / "docker-compose.replicas.yml").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPILED_START_SECONDS = 300  # 180 s to compile for a GPU, and 120 s to load and to record CUDA graphs
 # The service without compilation, its kernels, and for each compiler a process and CUDA's assembler. The first two and
@@ -28,10 +29,11 @@ OWN = {"unfog", "unfog-train"}  # images that this repository builds
 
 
 class Loader(yaml.SafeLoader):
-    """YAML loader that knows the tag `!reset`, with which an override file removes a value."""
+    """YAML loader that knows the tags of override files: `!reset` removes a value, and `!override` replaces it."""
 
 
 Loader.add_constructor("!reset", lambda loader, node: None)
+Loader.add_constructor("!override", lambda loader, node: loader.construct_sequence(node, deep=True))
 
 
 def with_defaults(text: str) -> str:
@@ -46,7 +48,10 @@ def services() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 SERVICES = dict(services())
-every_service = pytest.mark.parametrize("service", SERVICES.values(), ids=SERVICES)
+# The services that docker-compose.replicas.yml adds, and what it changes in those of docker-compose.yml.
+ADDED = yaml.load(with_defaults(REPLICAS), Loader)["services"]
+CHANGED = {name: ADDED.pop(name) for name in ("unfog", "prometheus")}
+every_service = pytest.mark.parametrize("service", [*SERVICES.values(), *ADDED.values()], ids=[*SERVICES, *ADDED])
 
 
 @every_service
@@ -63,6 +68,53 @@ def test_container_has_limits_for_memory_processes_and_log_size(service: dict[st
     assert re.fullmatch(r"[1-9]\d*[mg]", service["mem_limit"])
     assert int(service["pids_limit"]) > 0
     assert {"max-size", "max-file"} <= set(service["logging"]["options"])
+
+
+def test_services_of_the_replicas_restart_and_run_as_a_user_without_privileges() -> None:
+    assert set(ADDED) == {"haproxy", "postgres", "redis"}
+    for name, service in ADDED.items():
+        assert service["restart"] == "unless-stopped"
+        assert service["user"] == name
+        # The newest patch release of a tested branch, because security fixes of these servers matter here.
+        assert re.fullmatch(rf"{name}:\d+(\.\d+)?-alpine", service["image"])
+
+
+def test_only_haproxy_publishes_a_port_in_front_of_the_replicas() -> None:
+    assert CHANGED["unfog"]["ports"] is None
+    assert ADDED["haproxy"]["ports"] == SERVICES["unfog"]["ports"]
+    assert not any("ports" in ADDED[name] for name in ("postgres", "redis"))
+
+
+def test_only_the_replicas_can_reach_postgresql_and_redis() -> None:
+    """Both servers accept every connection without a password."""
+    assert yaml.load(REPLICAS, Loader)["networks"] == {"storage": {"internal": True}}
+    assert CHANGED["unfog"]["networks"] == ["default", "storage"]
+    assert {name: service.get("networks") for name, service in ADDED.items()} == {
+        "haproxy": None,
+        "postgres": ["storage"],
+        "redis": ["storage"],
+    }
+    assert "networks" not in CHANGED["prometheus"]
+
+
+def test_haproxy_has_as_much_time_to_stop_as_the_replicas_and_stops_with_them() -> None:
+    assert ADDED["haproxy"]["stop_grace_period"] == SERVICES["unfog"]["stop_grace_period"]
+    assert ADDED["haproxy"]["stop_signal"] == "SIGUSR1"  # SIGTERM would break the connections
+    assert "depends_on" not in ADDED["haproxy"]  # it would stop first, and the replicas would not drain meanwhile
+
+
+def test_every_replica_with_a_gpu_has_another_one_and_otherwise_the_same_settings() -> None:
+    services = yaml.load(with_defaults((ROOT / "docker-compose.gpus.yml").read_text()), Loader)["services"]
+    devices = [each["deploy"]["resources"]["reservations"]["devices"] for each in services.values()]
+    assert [[device["device_ids"] for device in each] for each in devices] == [[["0"]], [["1"]]]
+    assert services["unfog"]["deploy"]["replicas"] == 1
+    second, first = services["unfog-1"], CHANGED["unfog"]
+    assert second["extends"] == {"file": "docker-compose.yml", "service": "unfog"}
+    assert second["networks"]["default"] == {"aliases": ["unfog"]}
+    assert list(second["networks"]) == first["networks"]
+    assert {name: second[name] for name in ("environment", "ports", "depends_on")} == {
+        name: first[name] for name in ("environment", "ports", "depends_on")
+    }
 
 
 def test_memory_limit_on_a_gpu_has_room_for_all_compilers() -> None:
@@ -192,7 +244,11 @@ def test_env_example_lists_the_compose_variables_with_their_defaults() -> None:
     listed = dict(line[1:].split("=", 1) for line in lines if re.match(r"#\w+=", line))
     assert all(line.startswith("#") for line in lines if line)
     assert not [value for value in listed.values() if " " in value or "#" in value]
-    read = {found[1]: found[3] for found in VARIABLE.finditer(COMPOSE) if found[2] == "-"}
+    defaults = {found[1]: found[3] for found in VARIABLE.finditer(REPLICAS) if found[2] == "-"}
+    # What docker-compose.replicas.yml sets if the variable is not set, which has no effect in docker-compose.yml.
+    of_replicas = {"UNFOG_DATABASE_URL", "UNFOG_RATE_LIMIT_URL", "UNFOG_TRUSTED_PROXIES"}
+    read = {name: default for name, default in defaults.items() if name not in of_replicas}
+    read |= {found[1]: found[3] for found in VARIABLE.finditer(COMPOSE) if found[2] == "-"}
     settings = {f"UNFOG_{field}".upper() for field in Settings.model_fields}
     assert read.keys() <= listed.keys()
     assert listed.keys() - read.keys() <= settings - {"UNFOG_CACHE_DIR", "UNFOG_HOST"}
@@ -208,10 +264,10 @@ def test_version_of_the_image_is_that_of_the_project() -> None:
 def test_image_installs_the_requirements_of_the_extras_of_its_build_argument() -> None:
     """Runs the Python program of the Dockerfile."""
     (program,) = re.findall(r"RUN python -c '(import sys, tomllib;.+?)'", DOCKERFILE, re.DOTALL)
-    assert "traces postgres $EXTRAS > requirements.txt" in DOCKERFILE
+    assert "traces postgres redis $EXTRAS > requirements.txt" in DOCKERFILE
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for names in (["traces", "postgres"], ["traces", "postgres", "clip", "parquet"]):
+    for names in (["traces", "postgres", "redis"], ["traces", "postgres", "redis", "clip", "parquet"]):
         command = [sys.executable, "-c", program, *names]
         printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
         assert printed == [*project["dependencies"], *(each for name in names for each in extras[name])]

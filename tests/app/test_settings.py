@@ -39,6 +39,7 @@ DEFAULTS = {
     "UNFOG_WRITE_TIMEOUT": ("write_timeout", 30.0),
     "UNFOG_API_KEYS": ("api_keys", ()),  # auth is off
     "UNFOG_RATE_LIMIT": ("rate_limit", ()),  # off
+    "UNFOG_RATE_LIMIT_URL": ("rate_limit_url", None),  # each process counts alone
     "UNFOG_CORS_ORIGINS": ("cors_origins", ()),
     "UNFOG_TRUSTED_PROXIES": ("trusted_proxies", ()),
     "UNFOG_DATABASE_URL": ("database_url", None),  # SQLite
@@ -109,6 +110,8 @@ def test_hosts_of_webhooks_are_separated_by_commas(monkeypatch: pytest.MonkeyPat
         ("UNFOG_WEBHOOK_SECRET", "whsec_not*base64*hunter2"),
         ("UNFOG_DATABASE_URL", "mysql://user:hunter2@host/name"),
         ("UNFOG_DATABASE_URL", "user:hunter2@host"),
+        ("UNFOG_RATE_LIMIT_URL", "redis://:hunter2@host:port"),
+        ("UNFOG_RATE_LIMIT_URL", "memcached://:hunter2@host"),
     ],
 )
 def test_error_about_a_secret_setting_does_not_show_it(
@@ -119,6 +122,17 @@ def test_error_about_a_secret_setting_does_not_show_it(
         load_settings()
     assert value not in str(raised.value)
     assert "hunter2" not in str(raised.value)
+
+
+def test_url_of_redis_without_the_extra_is_refused_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("UNFOG_RATE_LIMIT_URL", "redis://:password@host:6379/1")
+    url = load_settings().rate_limit_url
+    assert url and url.get_secret_value() == "redis://:password@host:6379/1"
+    monkeypatch.setattr("app.settings.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"UNFOG_RATE_LIMIT_URL is invalid: needs the extra `redis`"):
+        load_settings()
 
 
 def test_default_cache_folder_follows_the_xdg_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -268,6 +282,7 @@ INVALID = {
     "UNFOG_WRITE_TIMEOUT": ["0", "inf", "x"],
     "UNFOG_API_KEYS": [",", " ", "one,", "one,,two", "one two", "schlüssel", "one\ntwo"],
     "UNFOG_RATE_LIMIT": ["0/minute", "600", "fast", "600/fortnight", "-1/second", "5/second\nx"],
+    "UNFOG_RATE_LIMIT_URL": ["host:6379", "http://host", "redis://", "redis://host:0", "redis://host:99999"],
     "UNFOG_CORS_ORIGINS": [
         ",",
         "example.com",

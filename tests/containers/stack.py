@@ -13,7 +13,12 @@ import httpx
 import yaml
 
 ROOT = Path(__file__).parents[2]
-STAND_IN = Path(__file__).parent / "grafana"
+STAND_INS = {  # folders and stages of the images that replace those of other projects
+    "grafana": ("grafana", None),
+    "haproxy": ("replicas", "haproxy"),
+    "postgres": ("replicas", "postgres"),
+    "redis": ("replicas", "redis"),
+}
 PATIENCE = 180  # seconds; a generous timeout, not a measure of speed
 PULL_PATIENCE = 600
 BUILD_PATIENCE = 3600  # a build downloads PyTorch if no wheel is given
@@ -67,14 +72,15 @@ def free_ports(number: int) -> list[int]:
 class Stack:
     """The project of docker-compose.yml and docker-compose.cpu.yml, with an empty `.env`."""
 
-    def __init__(self, folder: Path, wheels: Path | None) -> None:
+    def __init__(self, folder: Path, wheels: Path | None, *files: str) -> None:
+        """`files` are further compose files."""
         self.name = f"unfog-test-{os.getpid()}"
         self.tag = f"test-{os.getpid()}"
         self.image = f"unfog:{self.tag}"
         self.ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
         self.environment = {"UNFOG_TAG": self.tag, **PATIENT}
         self.environment |= {PORTS[name]: str(port) for name, port in self.ports.items()}
-        self.files = ["docker-compose.yml", "docker-compose.cpu.yml"]
+        self.files = ["docker-compose.yml", "docker-compose.cpu.yml", *files]
         if wheels:
             build = {"build": {"additional_contexts": {"wheels": str(wheels.resolve())}}}
             override = {"services": {"unfog": build, "train": build}}
@@ -84,7 +90,7 @@ class Stack:
             self.environment["UNFOG_TORCH_INDEX"] = CPU_INDEX
         self._empty = folder / "no.env"
         self._empty.touch()
-        self.stand_in = False  # True if Grafana is replaced by tests/containers/grafana
+        self.stand_ins: dict[str, str] = {}  # the replaced images, by service
 
     def compose(self, *arguments: str, patience: float = PATIENCE) -> str:
         """Runs `docker compose` with the files of this project and returns its stdout."""
@@ -93,16 +99,20 @@ class Stack:
         return docker("compose", *options, *arguments, environment=self.environment, patience=patience)
 
     def build(self) -> None:
-        """Builds the image of the service. Pulls Grafana, or builds its replacement if the pull fails."""
+        """Builds the image of the service. Pulls the other images, or builds a replacement if the pull fails."""
         self.compose("build", "unfog", patience=BUILD_PATIENCE)
-        grafana = self.config()["services"]["grafana"]["image"]
-        if has_image(grafana):
-            return
-        try:
-            docker("pull", "--quiet", grafana, patience=PULL_PATIENCE)
-        except (AssertionError, subprocess.TimeoutExpired):
-            docker("build", "--tag", grafana, str(STAND_IN), patience=BUILD_PATIENCE)
-            self.stand_in = True
+        images = {name: service["image"] for name, service in self.config()["services"].items() if name in STAND_INS}
+        for name, image in images.items():
+            if has_image(image):
+                continue
+            try:
+                docker("pull", "--quiet", image, patience=PULL_PATIENCE)
+            except (AssertionError, subprocess.TimeoutExpired):
+                folder, stage = STAND_INS[name]
+                target = ("--target", stage) if stage else ()
+                context = str(Path(__file__).parent / folder)
+                docker("build", "--tag", image, *target, context, patience=BUILD_PATIENCE)
+                self.stand_ins[name] = image
 
     def up(self) -> None:
         """Starts all services and waits until they are healthy."""
@@ -117,9 +127,7 @@ class Stack:
         try:
             self.down()
         finally:
-            images = [self.image, f"unfog-train:{self.tag}"]
-            if self.stand_in:
-                images.append(self.config()["services"]["grafana"]["image"])
+            images = [self.image, f"unfog-train:{self.tag}", *self.stand_ins.values()]
             for image in images:
                 if has_image(image):
                     docker("image", "rm", "--force", image)
@@ -139,8 +147,13 @@ class Stack:
 
     def container(self, service: str) -> Any:
         """Returns `docker container inspect` for the container of a service."""
-        (name,) = self.compose("ps", "--all", "--quiet", service).split()
-        return json.loads(docker("container", "inspect", name))[0]
+        (container,) = self.containers(service)
+        return container
+
+    def containers(self, service: str) -> list[Any]:
+        """Returns `docker container inspect` for each container of a service."""
+        names = self.compose("ps", "--all", "--quiet", service).split()
+        return list(json.loads(docker("container", "inspect", *names)))
 
     def status_of(self, service: str) -> dict[str, str]:
         """Returns the fields of /proc/1/status in the container of a service."""

@@ -20,6 +20,12 @@ GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(
 DURATION = re.compile(r"\[[^]]*\]|\boffset\s+\w+")
 KEYWORDS = {"and", "or", "unless", "bool"}
 TARGET = {"job", "instance"}  # labels that Prometheus adds to every scraped series
+# Series of HAProxy with labels that the dashboard may use. tests/e2e/test_replicas.py looks for them on its /metrics.
+HAPROXY = {
+    "haproxy_backend_connection_errors_total": {"proxy"},
+    "haproxy_backend_redispatch_warnings_total": {"proxy"},
+    "haproxy_backend_response_errors_total": {"proxy"},
+}
 OWN = {"up": set(), "ALERTS": {"alertname", "alertstate", "severity", "name"}}  # series of Prometheus itself
 
 

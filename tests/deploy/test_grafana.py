@@ -116,7 +116,7 @@ def test_expressions_use_existing_series_and_labels(title: str, expression: str)
     for series, matchers in found:
         assert series in known, series
         assert set(matchers) <= known[series] | TARGET, (series, matchers)
-        is_of_all = series.startswith("job:") or series == "ALERTS"
+        is_of_all = series.startswith(("job:", "haproxy_")) or series == "ALERTS"
         assert is_of_all or matchers["instance"] == "$instance", "the expression ignores the variable $instance"
     assert grouping_labels(expression) <= set().union(TARGET, {"le"}, *(known[series] for series, _ in found))
 

@@ -12,7 +12,7 @@ import yaml
 from app.main import create_app
 from app.settings import Settings
 from tests.app.fakes import FakeRunner
-from tests.deploy.promql import OWN, TARGET, exposed, grouping_labels, selectors
+from tests.deploy.promql import HAPROXY, OWN, TARGET, exposed, grouping_labels, selectors
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "prometheus"
@@ -41,7 +41,7 @@ def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def known_series() -> dict[str, set[str]]:
     """Returns every series that an expression may use, with its labels other than `job` and `instance`."""
     recorded = {name: {"reason"} if "reason" in name.split(":")[0] else set() for name in RECORDED}
-    return exposed() | OWN | recorded
+    return exposed() | OWN | HAPROXY | recorded
 
 
 def raw_metrics(expression: str) -> set[str]:
@@ -77,14 +77,29 @@ def test_rules_use_existing_reasons_and_routes(name: str) -> None:
     for _, matchers in selectors(EXPRESSIONS[name]):
         assert set(matchers.get("reason", "overloaded").split("|")) <= reasons
         assert matchers.get("route", "/generate") == "/generate"  # the objective only covers /generate
-        assert matchers.get("job", "unfog") == "unfog"
+        assert matchers.get("job", "unfog") in ("unfog", "haproxy")
 
 
 def test_configuration_scrapes_the_job_of_the_rules() -> None:
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
     jobs = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
     assert jobs == {"unfog": ["unfog:8000"], "prometheus": ["localhost:9090"]}
-    assert set(config["rule_files"]) == {path.name for path in FOLDER.glob("*.yml")} - {"prometheus.yml"}
+    configurations = {"prometheus.yml", "replicas.yml"}
+    assert set(config["rule_files"]) == {path.name for path in FOLDER.glob("*.yml")} - configurations
+
+
+def test_configuration_for_replicas_differs_only_in_the_targets() -> None:
+    one, several = (yaml.safe_load((FOLDER / name).read_text()) for name in ("prometheus.yml", "replicas.yml"))
+    jobs = {job.pop("job_name"): job for job in several.pop("scrape_configs")}
+    alone = {job.pop("job_name"): job for job in one.pop("scrape_configs")}
+    assert one == several
+    # Each address of the name is a target with the label `instance`.
+    assert jobs.pop("unfog") == {
+        "dns_sd_configs": [{"names": ["unfog"], "type": "A", "port": 8000, "refresh_interval": "15s"}]
+    }
+    assert jobs.pop("haproxy")["static_configs"] == [{"targets": ["haproxy:8404"]}]
+    del alone["unfog"]
+    assert jobs == alone
 
 
 def test_every_recorded_series_is_used() -> None:

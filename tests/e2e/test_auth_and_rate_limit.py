@@ -10,6 +10,9 @@ import pytest
 from tests.e2e.conftest import Start, start_service
 from tests.e2e.process import Process, wait_until
 from tests.e2e.service import Service, assert_problem
+from tests.redis_server import RedisServer, redis_server
+
+__all__ = ["redis_server"]
 
 CHEAP = {"digit": 7, "num_steps": 1, "seed": 1}
 KEY, OTHER = "a-key-of-some-length", "another-key"
@@ -95,6 +98,18 @@ def test_forwarded_address_of_an_untrusted_client_is_ignored(start: Start) -> No
     statuses = [service.post(CHEAP, **{"x-forwarded-for": f"192.0.2.{i}"}).status_code for i in range(3)]
     assert statuses == [200, 200, 429]
     assert service.metrics().value("rejected_total", reason="rate_limited") == 1
+
+
+def test_services_with_the_same_redis_share_the_rate_limit(start: Start, redis_server: RedisServer) -> None:
+    variables = {"UNFOG_RATE_LIMIT": "3/hour", "UNFOG_RATE_LIMIT_URL": redis_server.url}
+    services = [start(**variables) for _ in range(2)]
+    statuses = [services[number % 2].post(CHEAP).status_code for number in range(5)]
+    assert statuses == [200, 200, 200, 429, 429]
+    redis_server.kill()
+    assert [service.post(CHEAP).status_code for service in services for _ in range(4)] == [200, 200, 200, 429] * 2
+    for service in services:
+        assert sum("Redis does not answer" in line for line in service.process.lines) == 1
+        assert service.stop() == 0
 
 
 def test_invalid_api_key_stops_the_start_and_is_not_printed() -> None:

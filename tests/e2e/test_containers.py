@@ -174,7 +174,7 @@ def test_prometheus_loads_and_evaluates_its_rules(stack: Stack) -> None:
 
 
 def test_grafana_serves_the_dashboard_and_its_panels_have_data(stack: Stack) -> None:
-    if stack.stand_in:  # a warning, so that the summary of pytest shows it
+    if stack.stand_ins:  # a warning, so that the summary of pytest shows it
         with warnings.catch_warnings(action="default"):
             warnings.warn("Grafana image not available: tested with a substitute", stacklevel=1)
     response = stack.get("grafana", "/api/dashboards/uid/unfog")

@@ -6,6 +6,7 @@ Health, metrics, the GET routes below /v2, /docs, /openapi.json and the web page
 import hmac
 from collections.abc import Sequence
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
 from starlette.datastructures import Headers
@@ -19,6 +20,9 @@ from app.api.middleware.rate_limit import RateLimiter
 from app.errors import Forbidden, Unauthorized, UnfogError
 from app.metrics import Metrics
 from app.settings import RateLimit
+
+if TYPE_CHECKING:
+    from app.api.middleware.shared_rate_limit import SharedRateLimiter  # imports `limits`, which is an extra
 
 OWNER_DIGITS = 32
 
@@ -63,22 +67,31 @@ class Auth:
         rates: Sequence[RateLimit],
         metrics: Metrics,
         open_paths: Paths,
+        rate_limit_url: SecretStr | None = None,
     ) -> None:
+        """`rate_limit_url` is that of a Redis server, in which all processes count the requests together."""
         self._app, self._metrics, self._open_paths = app, metrics, open_paths
         self._keys, self._limiter = Keys(keys), RateLimiter(rates)
+        self._shared = _shared_limiter(rates, rate_limit_url) if rate_limit_url else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Rejects a request before any byte of its body is read, or passes it on."""
+        if scope["type"] == "lifespan" and self._shared:
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                await self._shared.close()
+            return
         if scope["type"] == "http" and scope["path"] not in self._open_paths:
             try:
-                self._admit(scope)
+                await self._admit(scope)
             except UnfogError as error:
                 self._metrics.count_rejection(error)
                 await error_response(error, scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _admit(self, scope: Scope) -> None:
+    async def _admit(self, scope: Scope) -> None:
         """Checks the key, then counts the request for the key, or for the client address if no key is valid.
 
         Requests without a valid key also count, because each of them costs some work.
@@ -86,11 +99,24 @@ class Auth:
         try:
             key = self._keys.check(Headers(scope=scope))
         except UnfogError:
-            self._limiter.hit(address_name(scope))
+            await self._count(address_name(scope))
             raise
         context = context_of(scope)
         context.key, context.owner = key, self._keys.owner_of(key)
-        self._limiter.hit(client_name(scope, key))
+        await self._count(client_name(scope, key))
+
+    async def _count(self, caller: str) -> None:
+        """Counts a request of the caller. Raises RateLimited if it would exceed a limit."""
+        if self._shared:
+            await self._shared.hit(caller)
+        else:
+            self._limiter.hit(caller)
+
+
+def _shared_limiter(rates: Sequence[RateLimit], url: SecretStr) -> "SharedRateLimiter":
+    from app.api.middleware.shared_rate_limit import SharedRateLimiter
+
+    return SharedRateLimiter(rates, url.get_secret_value())
 
 
 def _sent_keys(headers: Headers) -> list[str]:

@@ -1,4 +1,4 @@
-"""Limits the request rate of each caller, with bounded memory."""
+"""Limits the request rate of each caller in this process, with bounded memory."""
 
 import math
 import time
@@ -61,12 +61,19 @@ class RateLimiter:
 
 def _wait(limit: RateLimit, window: Window, now: float) -> float:
     """Returns the seconds until the limit permits one more request."""
+    window.advance(int(now // limit.seconds))
+    return seconds_until_permitted(limit, window.previous, window.current, limit.seconds - now % limit.seconds)
+
+
+def seconds_until_permitted(limit: RateLimit, previous: int, current: int, left: float) -> float:
+    """Returns the seconds until the limit permits one more request.
+
+    `previous` and `current` are the requests in the previous and in the current window, which ends in `left` seconds.
+    """
     amount, seconds = limit
-    window.advance(int(now // seconds))
-    left = seconds - now % seconds  # time left in the current window
     # The weight of the previous window decreases from 1 to 0 during the current window.
-    if window.previous * left / seconds + window.current < amount:
+    if previous * left / seconds + current < amount:
         return 0.0
-    if window.current >= amount:  # requests of this window count until its end
+    if current >= amount:  # requests of this window count until its end
         return left
-    return max(left - (amount - window.current) * seconds / window.previous, 1e-3)
+    return max(left - (amount - current) * seconds / previous, 1e-3)
