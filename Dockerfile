@@ -17,12 +17,13 @@ ENV PATH=/opt/venv/bin:$PATH \
     PIP_PYTHON=/opt/venv/bin/python
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
-# Includes the extras `traces` and `postgres`, because compose passes UNFOG_TRACES and UNFOG_DATABASE_URL to the service.
+# Includes the extras `traces`, `postgres` and `redis`, because compose passes UNFOG_TRACES, UNFOG_DATABASE_URL and
+# UNFOG_RATE_LIMIT_URL to the service.
 # EXTRAS names further extras of pyproject.toml, separated by spaces. The extra `clip` needs torchvision. Its build must
 # match the build of PyTorch, so both come from the same source.
 ARG EXTRAS=
 RUN python -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; extras = project["optional-dependencies"]; found = [each for name in sys.argv[1:] for each in extras[name]]; own = [each for each in found if each.startswith(project["name"] + "[")]; own and sys.exit(f"EXTRAS needs {own[0]}, which is not on a package index. Name only extras of the service: clip, parquet"); print(*project["dependencies"], *found, sep="\n")' \
-      traces postgres $EXTRAS > requirements.txt
+      traces postgres redis $EXTRAS > requirements.txt
 ARG TORCH_INDEX=
 # The tested minor version. PyPI's build needs an NVIDIA driver that supports its CUDA version.
 ARG TORCH_VERSION=2.13

@@ -141,7 +141,7 @@ def test_replicas_count_the_requests_of_an_address_together_in_redis(stack: Stac
 
 
 def test_killed_replica_fails_only_its_requests_without_a_seed(stack: Stack) -> None:
-    body = LONG | {"count": 32}
+    body = LONG | {"count": 12}
     (expected,) = {tuple(pngs(generate(stack, body | {"seed": 7})))}
     victim = stack.containers("unfog")[0]
     command = Path(f"/proc/{victim['State']['Pid']}/cmdline")
@@ -179,7 +179,7 @@ def test_stop_of_one_replica_under_load_loses_no_request(stack: Stack) -> None:
 
 def test_compose_stop_completes_admitted_requests_of_all_replicas(stack: Stack) -> None:
     with ThreadPoolExecutor() as pool:
-        answers = [pool.submit(generate, stack, LONG | {"count": 16}) for _ in range(4)]
+        answers = [pool.submit(generate, stack, LONG) for _ in range(4)]
         eventually(lambda: all(running(stack)), "both replicas have requests")
         stack.compose("stop")
         assert [answer.result().status_code for answer in answers] == [200] * 4
