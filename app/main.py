@@ -171,7 +171,14 @@ def _add_middleware(
     app: FastAPI, settings: Settings, meters: Metrics, access_log: AccessLog, open_paths: Paths
 ) -> None:
     """Adds the middleware, innermost first. CORS is outside auth, so that web pages can read auth errors."""
-    app.add_middleware(Auth, keys=settings.api_keys, rates=settings.rate_limit, metrics=meters, open_paths=open_paths)
+    app.add_middleware(
+        Auth,
+        keys=settings.api_keys,
+        rates=settings.rate_limit,
+        metrics=meters,
+        open_paths=open_paths,
+        rate_limit_url=settings.rate_limit_url,
+    )
     if settings.cors_origins:
         app.add_middleware(
             CORS,

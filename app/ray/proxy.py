@@ -185,5 +185,6 @@ def _is_repeatable(scope: Scope, content: bytes | None) -> bool:
         return False
     if not isinstance(fields, dict):
         return False
-    parameters = fields.get("parameters")  # of the Open Inference Protocol
-    return "seed" in fields or (isinstance(parameters, dict) and "seed" in parameters)
+    tensors = fields.get("inputs")  # of the Open Inference Protocol
+    names = [each.get("name") for each in tensors if isinstance(each, dict)] if isinstance(tensors, list) else []
+    return "seed" in fields or "seed" in names

@@ -35,7 +35,7 @@ pytestmark = [
 # connections, which end at the proxy, and those of metrics, which have the additional label `replica`.
 CONTRACT = ("test_response_formats.py", "test_idempotency.py", "test_reproduce.py", "test_http.py", "test_openai.py")
 MORE_OF_CONTRACT = ("test_labels.py", "test_picture_tasks.py", "test_validation.py", "test_reproducibility.py")
-# The proxy answers an invalid Content-Length with its own 400. Each replica has its own time at which it loaded a model.
+# The proxy answers an invalid Content-Length with its own 400. Each replica has loaded its models at another time.
 DIFFERENT = "not content_length_over_the_limit and not models_are_listed"
 LONG = {"digit": 3, "count": 8, "num_steps": 100}
 

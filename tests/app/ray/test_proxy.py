@@ -114,7 +114,7 @@ def test_request_with_a_seed_is_sent_again_with_the_same_body_and_id() -> None:
     [
         (b"", {"method": "GET", "path": "/v1/models"}),
         (b"{}", {"idempotency_key": "order-1"}),
-        (b'{"inputs": [], "parameters": {"seed": 3}}', {"path": "/v2/models/default/infer"}),
+        (b'{"inputs": [{"name": "digit"}, {"name": "seed", "data": [3]}]}', {"path": "/v2/models/default/infer"}),
         (
             b'--x\r\nContent-Disposition: form-data; name="seed"\r\n\r\n3\r\n--x--\r\n',
             {"content_type": "multipart/form-data; boundary=x", "path": "/denoise"},
@@ -131,6 +131,7 @@ def test_request_whose_result_is_fixed_is_sent_again(body: bytes, options: dict[
         (b'{"digit": 7}', {}),
         (b'{"digit": 7, "prompt": "seed"}', {}),
         (b'["seed"]', {}),
+        (b'{"inputs": [{"name": "digit"}, "seed"]}', {}),
         (b"[" * 10_000, {}),
         (b"\xff", {}),
         (SEEDED, {"path": "/v1/batches"}),
