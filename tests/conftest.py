@@ -39,7 +39,6 @@ FIRST = (
     "tests/scripts/test_sample.py",
     "tests/scripts/test_bench.py",
     "tests/e2e/test_ray.py",
-    "tests/scripts/evaluation/test_dataset_ray.py",
     "tests/model/compiled/test_compiler.py",
     "tests/e2e/test_engine_faults.py",
     "tests/scripts/gpu/test_command.py",

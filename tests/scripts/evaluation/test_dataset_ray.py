@@ -36,6 +36,7 @@ with warnings.catch_warnings():
 COUNT, PART = 45, 10  # five parts
 Make = Callable[..., Path]
 pytestmark = [
+    pytest.mark.slow,  # Ray changes the logging and the threads of the process that imports it
     pytest.mark.filterwarnings("ignore::FutureWarning:ray.*"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*"),
 ]
