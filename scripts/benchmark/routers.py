@@ -37,37 +37,30 @@ Router = Callable[[View], int]  # returns the place of a replica
 
 
 def at_random(seed: int) -> Router:
-    """Returns the router `random`."""
     choose = random.Random(seed)
     return lambda view: choose.randrange(len(view.requests))
 
 
 def round_robin(_: int) -> Router:
-    """Returns the router `round robin`."""
     numbers = count()
     return lambda view: next(numbers) % len(view.requests)
 
 
 def least_connections(_: int) -> Router:
-    """Returns the router `least connections`.
-
-    HAProxy chooses among equal replicas the one whose number of requests has been the same for the longest time.
-    """
+    """HAProxy chooses among equal replicas the one whose number of requests has been the same for the longest time."""
     return lambda view: min(range(len(view.requests)), key=lambda place: (view.requests[place], view.changed[place]))
 
 
 def two_by_requests(seed: int) -> Router:
-    """Returns the router `two by requests`."""
     return _two(seed, lambda view: view.requests)
 
 
 def two_by_images(seed: int) -> Router:
-    """Returns the router `two by images`."""
     return _two(seed, lambda view: view.images)
 
 
 def least_images(seed: int) -> Router:
-    """Returns the router `least images`. It chooses among equal replicas at random."""
+    """Chooses among equal replicas at random."""
     choose = random.Random(seed)
 
     def route(view: View) -> int:

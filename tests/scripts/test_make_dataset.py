@@ -196,25 +196,20 @@ def test_parquet_has_the_same_images_as_idx_files(make: Make) -> None:
     assert [(row["seed"], row["index"]) for row in rows] == [(3, i) for i in range(COUNT)]
 
 
-def test_parquet_without_pyarrow_gives_the_line_that_installs_it(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("option", "extra"), [("--format=parquet", "parquet"), ("--engine=ray", "ray-data")])
+def test_missing_package_gives_the_line_that_installs_it(
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    extra: str,
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as exit_:
-        make("set", "--format=parquet")
+        make("set", option)
     assert exit_.value.code == 2
-    assert "pip install -e '.[parquet]'" in capsys.readouterr().err
-    assert not (tmp_path / "set").exists()
-
-
-def test_engine_ray_without_ray_gives_the_line_that_installs_it(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as exit_:
-        make("set", "--engine=ray")
-    assert exit_.value.code == 2
-    assert "pip install -e '.[ray-data]'" in capsys.readouterr().err
+    assert f"pip install -e '.[{extra}]'" in capsys.readouterr().err
     assert not (tmp_path / "set").exists()
 
 
