@@ -54,6 +54,11 @@ def start_log() -> LogWriter:
     return writer
 
 
+def extra_of(record: logging.LogRecord) -> dict[str, Any]:
+    """Returns the items of `extra`, without names that begin with an underscore: Ray adds one to each record."""
+    return {name: value for name, value in vars(record).items() if name not in _STANDARD and name[0] != "_"}
+
+
 def num_lines_dropped() -> int:
     return sum(writer.num_dropped for writer in _writers)
 
@@ -217,6 +222,11 @@ def _cut(text: str, length: int) -> str:
     return f"{text[:half]} ... {len(text) - 2 * half} characters omitted ... {text[-half:]}"
 
 
+def _add_extra(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    event.update(extra_of(event["_record"]))
+    return event
+
+
 def _cut_long_texts(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     for name, value in event.items():
         if isinstance(value, str):
@@ -229,7 +239,7 @@ def _console_formatter(colours: bool) -> logging.Formatter:
         foreign_pre_chain=[
             structlog.stdlib.add_logger_name,
             structlog.stdlib.add_log_level,
-            structlog.stdlib.ExtraAdder(),
+            _add_extra,
             structlog.processors.TimeStamper("%H:%M:%S", utc=False, key="time"),
         ],
         processors=[
@@ -257,7 +267,7 @@ class _JSONFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        event |= {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        event |= extra_of(record)
         if record.stack_info:
             event["stack_info"] = record.stack_info
         if record.exc_info and record.exc_info[1]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.logs import extra_of
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.clip import EMBEDDED_NAME, Clip, ClipError, name_without_folders
@@ -212,9 +213,6 @@ def load_clip(name: str = EMBEDDED_NAME, device: torch.device | None = None) -> 
         raise ScriptError(str(error)) from error
 
 
-_STANDARD_FIELDS = {*vars(logging.LogRecord("", 0, "", 0, "", (), None)), "message", "asctime"}
-
-
 class _ReporterHandler(logging.Handler):
     """Log handler that prints each record, with the fields of `extra`, as a line of a reporter."""
 
@@ -223,8 +221,8 @@ class _ReporterHandler(logging.Handler):
         self._reporter = reporter
 
     def emit(self, record: logging.LogRecord) -> None:
-        fields = {name: value for name, value in vars(record).items() if name not in _STANDARD_FIELDS}
-        self._reporter.line(" ".join([record.getMessage(), *(f"{name}={value}" for name, value in fields.items())]))
+        fields = (f"{name}={value}" for name, value in extra_of(record).items())
+        self._reporter.line(" ".join([record.getMessage(), *fields]))
 
 
 @contextmanager

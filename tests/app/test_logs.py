@@ -69,6 +69,26 @@ def test_json_line_contains_extra_items_as_fields(log: Log) -> None:
     }
 
 
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_attributes_that_ray_gives_each_record_are_not_logged(log: Log, log_format: str) -> None:
+    create = logging.getLogRecordFactory()
+
+    def create_as_ray(*args: Any, **options: Any) -> logging.LogRecord:
+        record = create(*args, **options)
+        record._ray_timestamp_ns = 5
+        return record
+
+    logging.setLogRecordFactory(create_as_ray)
+    try:
+        log.configure(log_format, "info")
+        logging.getLogger("unfog.x").warning("text", extra={"request_id": "an-id"})
+    finally:
+        logging.setLogRecordFactory(create)
+    (line,) = log.lines()
+    assert "an-id" in line
+    assert "ray" not in line
+
+
 def test_values_that_json_cannot_represent_are_logged_in_one_line(log: Log) -> None:
     log.configure("json", "info")
     logging.getLogger("x").info("a\nb \ud800 \x1b[31m", extra={"thing": object()})
@@ -91,7 +111,7 @@ def test_json_line_has_the_fields_that_structlog_writes(log: Log) -> None:
         foreign_pre_chain=[
             structlog.stdlib.add_logger_name,
             structlog.stdlib.add_log_level,
-            structlog.stdlib.ExtraAdder(),
+            structlog.stdlib.ExtraAdder(["none", "flag", "numbers", "thing", "infinite"]),
         ],
         processors=[
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 pytestmark = [
-    pytest.mark.slow,  # Ray changes the logging and the threads of the process that imports it
     pytest.mark.skipif(not find_spec("ray"), reason="needs the extra ray"),
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # of Ray's schemas
 ]

@@ -19,7 +19,6 @@ DEPLOYMENT = APPLICATION["deployments"][0]
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
 pytestmark = [
-    pytest.mark.slow,  # Ray changes the logging and the threads of the process that imports it
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # of Ray's schemas
 ]
 needs_ray = pytest.mark.skipif(not find_spec("ray"), reason="needs the extra ray")

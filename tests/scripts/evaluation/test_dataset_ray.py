@@ -36,7 +36,6 @@ with warnings.catch_warnings():
 COUNT, PART = 45, 10  # five parts
 Make = Callable[..., Path]
 pytestmark = [
-    pytest.mark.slow,  # Ray changes the logging and the threads of the process that imports it
     pytest.mark.filterwarnings("ignore::FutureWarning:ray.*"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*"),
 ]
@@ -239,7 +238,11 @@ def test_default_number_of_workers_uses_the_whole_cluster(
 
     def facts(self: Any, assignment: dataset_ray.Assignment) -> dict[str, Any]:
         found.append((self.number, self.resources, assignment.num_threads))
-        return dataset_ray.ImageWorker(assignment).facts
+        threads = torch.get_num_threads()
+        try:
+            return dataset_ray.ImageWorker(assignment).facts
+        finally:
+            torch.set_num_threads(threads)
 
     monkeypatch.setattr(dataset_ray.Workers, "facts", facts)
     with open_engine(hosts, num_threads=num_threads):
