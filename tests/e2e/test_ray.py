@@ -247,7 +247,6 @@ def test_replicas_follow_the_number_of_images_without_an_error(cluster: RayClust
     cluster.wait_until_running(1, without=old)
     with load(cluster.url) as answers:
         cluster.wait_until_running(2)
-    cluster.wait_until_running(1)
     with load(cluster.url, clients=1) as few:
         cluster.wait_until_running(1)
     assert Counter(answer.status_code for _, answer in answers + few) == {200: len(answers + few)}
