@@ -99,6 +99,6 @@ def test_requests_that_are_refused_for_their_rate_are_repeated(start: Start, ope
 
 def test_deadline_is_explained(start: Start, open_page: Open) -> None:
     service = start(UNFOG_REQUEST_TIMEOUT="0.2", UNFOG_MAX_BATCH="1")
-    page = open_page(service)
-    generate(page, label="5", count="64", num_steps="100", seed="9")
+    # The address is the request: the image that the page makes by itself would keep the engine busy.
+    page = open_page(service, "#/generate?label=5&count=64&num_steps=100&sampler=ddpm&guidance_scale=2&seed=9")
     expect(page.get_by_role("heading", name="The images took too long")).to_be_visible()
