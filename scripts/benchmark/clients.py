@@ -36,6 +36,7 @@ class Answer:
     status: int  # 0 if the answer is incomplete
     queue: float | None  # seconds until the first step; None if the service does not report it
     problem: str = ""  # the error or the beginning of the body, if the status is not 200
+    work: float | None = None  # seconds from the first to the last step; None if the service does not report it
 
     @property
     def latency(self) -> float:
@@ -139,20 +140,27 @@ async def watching(url: str) -> AsyncIterator[Send]:
 
 
 async def _send(client: HttpClient, path: str, accept: str, request: RequestSpec, planned: float) -> Answer:
-    sent, status, queue, problem = time.perf_counter(), 0, "", ""
+    sent, status, timing, problem = time.perf_counter(), 0, "", ""
     try:
         async with asyncio.timeout(TIMEOUT):
             response = await client.request("POST", path, request.body, accept)
         # A stream that has begun has status 200, also if it ends with an error.
         is_complete = accept != EVENTS or b"event: done" in response.content
         status = response.status if is_complete else 0
-        queue = response.headers.get("server-timing", "").partition("queue;dur=")[2].partition(",")[0]
+        timing = response.headers.get("server-timing", "")
         if status != 200:
             problem = response.content[:LONGEST_PROBLEM].decode(errors="replace")
     except OSError as error:  # also of a request that takes longer than TIMEOUT
         problem = repr(error)
     done, count = time.perf_counter(), request.body.get("count", 1)
-    return Answer(request.kind, count, planned, sent, done, status, float(queue) / 1000 if queue else None, problem)
+    queue, work = _seconds_of(timing, "queue"), _seconds_of(timing, "denoise")
+    return Answer(request.kind, count, planned, sent, done, status, queue, problem, work)
+
+
+def _seconds_of(timing: str, phase: str) -> float | None:
+    """Returns the duration of a phase in the header Server-Timing. Returns None if the header does not have it."""
+    milliseconds = timing.partition(f"{phase};dur=")[2].partition(",")[0]
+    return float(milliseconds) / 1000 if milliseconds else None
 
 
 async def closed_loop(send: Send, clients: Sequence[RequestMaker], settle: float, window: float) -> Window:

@@ -2,19 +2,20 @@
 
 Each replica has one thread and a core of its own. HAProxy and the clients run on the same two cores.
 
-The simulation gets three inputs. They are measured in closed loops, just before and just after each measurement, and
-never in the measurement itself: the step time for several numbers of rows, the time that a request takes from the
-steps, and the capacity, from which the rates of the arrivals follow. The means of both sides are used.
-
-In a closed loop, a step and the requests that end in it take the time
+The simulation gets measured inputs, and none of the measured latencies. Closed loops before, between and after the
+measurements give the step time for several numbers of rows, the time by which a request makes steps longer, the time
+that a request spends outside of the engine, and the capacity, from which the rates of the arrivals follow. The means of
+all loops are used. In a closed loop, a step and the requests that end in it take the time
 
     T(rows, steps) = step(rows) + request * rows / steps    where
 
     rows     mean number of rows of a step
     steps    steps of an image, so that rows / steps requests begin and end in each step
 
-Two loops with the same number of clients and different `steps` give `request`, and the loops with different numbers of
-clients then give `step(rows)`.
+Two loops with different `steps` give `request`, and the loops with different numbers of clients then give `step(rows)`.
+
+On a virtual machine, the speed of a core changes by tens of percent for seconds, and nothing can predict this. The pace
+of each replica in each second of a measurement is therefore an input too. It is computed from the durations of steps.
 """
 
 import asyncio
@@ -25,11 +26,11 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,11 +45,11 @@ from scripts.benchmark.clients import (
     connected,
     open_loop,
 )
-from scripts.benchmark.cluster_simulation import PERCENTILES, Arrival, Cluster, ReplicaModel, percentiles_of
+from scripts.benchmark.cluster_simulation import PERCENTILES, Arrival, Cluster, Pace, ReplicaModel, percentiles_of
 from scripts.benchmark.http_client import fetch
 from scripts.benchmark.loads import UNGUIDED
 from scripts.benchmark.machine import this_machine
-from scripts.benchmark.measurement import ROWS
+from scripts.benchmark.measurement import ROWS, STEPS
 from scripts.benchmark.report import with_spread
 from scripts.benchmark.routers import least_connections
 from scripts.benchmark.services import Running, free_port, started, this_service
@@ -62,9 +63,10 @@ SHARES = (0.5, 0.7, 0.9)  # of the capacity
 NUM_STEPS, FEW_STEPS = 20, 4  # of an image; FEW_STEPS only in the loop that measures the time of a request
 MAX_BATCH = 32
 CLIENTS = (1, 2, 4, 8, 16, 32)  # per replica, in the loops that measure step times; the last one is the capacity
-FEW_STEPS_CLIENTS = 8  # per replica
+FEW_STEPS_CLIENTS = 4  # per replica
 SETTLE_SECONDS = 5.0  # of arrivals before the window of a measurement
 LOOP_SETTLE_SECONDS = 1.0  # of a closed loop
+PART_SECONDS = 1.0  # of a measurement, in each of which the pace is measured; more scrapes would slow down the replicas
 COLUMNS = ("share of the capacity", "requests/s", "requests", "percentile", "measured, s", "simulated, s", "error")
 HAPROXY = """
 global
@@ -85,50 +87,88 @@ backend replicas
 """
 
 
+class Counters(NamedTuple):
+    """What a replica has counted so far, or in some time."""
+
+    seconds: float  # that have passed
+    steps: float
+    rows: float  # of all steps
+    step_seconds: float  # of all steps
+
+
+class Loop(NamedTuple):
+    """The means of a closed loop over both replicas."""
+
+    rows: float  # of a step
+    seconds: float  # from the beginning of a step to that of the next one
+    step_seconds: float  # of a step, as the metrics of the service have it
+    delay_seconds: float  # of a request outside of the engine
+
+
+class Loops(NamedTuple):
+    """Closed loops that were measured one after the other."""
+
+    of_clients: Mapping[int, Loop]  # by number of clients per replica
+    few_steps: Loop  # FEW_STEPS_CLIENTS clients whose images take FEW_STEPS steps
+
+    @classmethod
+    def mean(cls, measured: "Sequence[Loops]") -> "Loops":
+        """Returns the means of loops that were measured several times."""
+
+        def of(loops: Iterable[Loop]) -> Loop:
+            return Loop(*np.mean(list(loops), axis=0).tolist())
+
+        of_clients = {count: of(loops.of_clients[count] for loops in measured) for count in measured[0].of_clients}
+        return cls(of_clients, of(loops.few_steps for loops in measured))
+
+
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """What the simulation gets. It is measured in closed loops."""
 
-    seconds_by_rows: dict[int, float]  # of a step
+    seconds_by_rows: dict[int, float]  # of a step, without the time for requests
     request_seconds: float
+    delay_seconds: float
     capacity: float  # requests a second of both replicas together
+    usual: dict[int, float]  # seconds of a step by its number of rows, as the metrics of the service have it
 
     @classmethod
-    def of(cls, loops: Mapping[int, "Loop"], few_steps: "Loop") -> "Inputs":
-        """Returns the inputs from the loops by number of clients per replica, and the loop with FEW_STEPS.
-
-        Raises ScriptError if a result is not positive.
-        """
-        rows, seconds = zip(*((loop.rows, loop.seconds) for loop in loops.values()), strict=True)
+    def of(cls, loops: Loops) -> "Inputs":
+        """Raises ScriptError if a result is not positive."""
+        of_clients, few_steps = loops
+        rows, seconds, step_seconds, delays = map(list, zip(*of_clients.values(), strict=True))
+        # A single client leaves the replica idle between two requests, when nothing else makes steps longer.
+        seconds[0] -= delays[0] / NUM_STEPS
         with_many = float(np.interp(few_steps.rows, rows, seconds))
         request = (few_steps.seconds - with_many) / (few_steps.rows * (1 / FEW_STEPS - 1 / NUM_STEPS))
         # A step has fewer rows than there are clients, because a client is sometimes between two requests. The largest
         # number of rows is extrapolated: its step takes longer in proportion.
-        largest, scale = max(loops), max(loops) / rows[-1]
-        found = {count: float(np.interp(count, rows, seconds)) for count in loops} | {largest: scale * seconds[-1]}
-        steps = {count: time - request * count / NUM_STEPS for count, time in found.items()}
+        largest, scale = max(of_clients), max(of_clients) / rows[-1]
+        found = {count: float(np.interp(count, rows, seconds)) for count in of_clients} | {largest: scale * seconds[-1]}
+        steps = {count: time - (count > 1) * request * count / NUM_STEPS for count, time in found.items()}
         if min(request, *steps.values()) <= 0:
             raise ScriptError(
                 "A measured time is not positive: other programs use this machine. Stop them and try again"
             )
-        return cls(steps, request, NUM_REPLICAS * rows[-1] / seconds[-1] / NUM_STEPS)
+        usual = {count: float(np.interp(count, rows, step_seconds)) for count in of_clients}
+        usual[largest] = scale * step_seconds[-1]
+        return cls(steps, request, statistics.mean(delays), NUM_REPLICAS * rows[-1] / seconds[-1] / NUM_STEPS, usual)
 
-    def mean(self, other: "Inputs") -> "Inputs":
-        """Returns the means of two measurements."""
-        seconds = other.seconds_by_rows
-        return Inputs(
-            {rows: statistics.mean((mine, seconds[rows])) for rows, mine in self.seconds_by_rows.items()},
-            statistics.mean((self.request_seconds, other.request_seconds)),
-            statistics.mean((self.capacity, other.capacity)),
-        )
+    def model(self) -> ReplicaModel:
+        """Returns the simulated replica."""
+        return ReplicaModel(self.seconds_by_rows, self.request_seconds, self.delay_seconds, MAX_BATCH)
 
+    def paces(self, parts: Sequence[Sequence[Counters]]) -> list[Pace]:
+        """Returns the pace of each replica. `parts` has what each replica has counted in each part of a measurement.
 
-@dataclass(frozen=True, slots=True)
-class Loop:
-    """The means of a closed loop over both replicas."""
-
-    rows: float  # of a step
-    seconds: float  # of a step with the work for the requests, from the beginning of a step to that of the next one
+        The pace of a part is the ratio of the time of its steps to the usual time of steps with as many rows. It is 1
+        in a part without steps.
+        """
+        counts = np.array(parts)  # [part, replica, counter]
+        _, steps, rows, step_seconds = np.moveaxis(counts, -1, 0)  # each [part, replica]
+        usual = steps * np.interp(rows / np.maximum(steps, 1), list(self.usual), list(self.usual.values()))
+        factors = np.where(steps > 0, step_seconds / np.where(steps > 0, usual, 1), 1.0)
+        return [Pace(PART_SECONDS, of_replica.tolist()) for of_replica in factors.T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,24 +199,26 @@ def measure_replicas(repeats: int, seconds: float, loop_seconds: float, out: Pat
 
     Raises ScriptError if HAProxy is not installed, if the machine has fewer than two cores, or if a request fails.
     """
-    rows = list[dict[str, Any]]()
+    rows, parts = list[dict[str, Any]](), list[Parts]()
     with all_replicas() as replicas:
         facts = {"machine": this_machine().as_json(), "seconds": seconds, "loop_seconds": loop_seconds}
         facts |= {"compiled": _health(replicas)["compiled"], "num_steps": NUM_STEPS, "max_batch": MAX_BATCH}
         facts["sizes"] = measure_sizes(replicas.url, {"num_steps": NUM_STEPS, "sampler": "dpmpp"})
-        before = measure_inputs(replicas, loop_seconds)
+        loops = [measure_loops(replicas, loop_seconds)]
+        capacity = Inputs.of(loops[0]).capacity
         for repeat in range(repeats):
             first = repeat % len(SHARES)
             for share in (*SHARES[first:], *SHARES[:first]):
-                seed = len(rows)
-                row = _measure(replicas, share * before.capacity, seed, seconds)
-                after = measure_inputs(replicas, loop_seconds)
-                inputs = before.mean(after)
-                before = after
-                simulated = _simulate(inputs, row["rate"], seed, seconds)
-                rows.append({"repeat": repeat, "share": share, **row, "simulated": simulated, "inputs": asdict(inputs)})
+                row, counted = _measure(replicas, share * capacity, len(rows), seconds)
+                rows.append({"repeat": repeat, "share": share, **row})
+                parts.append(counted)
+                loops.append(measure_loops(replicas, loop_seconds))
                 reporter.line(_summary(rows[-1]))
-                write_json(out, {**facts, "rows": rows})
+    inputs = Inputs.of(Loops.mean(loops))
+    for seed, (row, counted) in enumerate(zip(rows, parts, strict=True)):
+        row["paces"] = [pace.factors for pace in inputs.paces(counted)]
+        row["simulated"] = simulate(inputs, row, seed, seconds)
+    write_json(out, {**facts, "inputs": asdict(inputs), "rows": rows})
     reporter.line(as_table(COLUMNS, table_of(rows)))
 
 
@@ -268,10 +310,10 @@ def _health(replicas: Replicas) -> dict[str, Any]:
     return health
 
 
-def measure_inputs(replicas: Replicas, seconds: float) -> Inputs:
-    """Measures the inputs of the simulation. Each closed loop is measured for `seconds`."""
-    loops = {clients: asyncio.run(_loop(replicas, clients, NUM_STEPS, seconds)) for clients in CLIENTS}
-    return Inputs.of(loops, asyncio.run(_loop(replicas, FEW_STEPS_CLIENTS, FEW_STEPS, seconds)))
+def measure_loops(replicas: Replicas, seconds: float) -> Loops:
+    """Measures closed loops, each for `seconds`."""
+    of_clients = {clients: asyncio.run(_loop(replicas, clients, NUM_STEPS, seconds)) for clients in CLIENTS}
+    return Loops(of_clients, asyncio.run(_loop(replicas, FEW_STEPS_CLIENTS, FEW_STEPS, seconds)))
 
 
 async def _loop(replicas: Replicas, clients: int, num_steps: int, seconds: float) -> Loop:
@@ -279,7 +321,7 @@ async def _loop(replicas: Replicas, clients: int, num_steps: int, seconds: float
 
     The clients start at equal intervals. If they started together, their requests would end in the same steps.
     """
-    is_over, total = False, NUM_REPLICAS * clients
+    is_over, total, delays = False, NUM_REPLICAS * clients, list[float]()
 
     async def client(send: Send, place: int) -> None:
         make_request = request_of(num_steps)
@@ -287,23 +329,27 @@ async def _loop(replicas: Replicas, clients: int, num_steps: int, seconds: float
         while not is_over:
             answer = await send(make_request(place), time.perf_counter())
             check_answers([answer], f"closed loop of {clients} clients per replica")
+            delays.append(answer.latency - (answer.queue or 0.0) - (answer.work or 0.0))
 
     async with connected(replicas.url) as send, asyncio.TaskGroup() as group:
         for place in range(total):
             group.create_task(client(send, place))
         await asyncio.sleep(2 * LOOP_SETTLE_SECONDS)
-        before = [await asyncio.to_thread(_counters, replica) for replica in replicas.replicas]
+        before = await _all_counters(replicas)
         await asyncio.sleep(seconds)
-        after = [await asyncio.to_thread(_counters, replica) for replica in replicas.replicas]
+        after = await _all_counters(replicas)
         is_over = True
-    took, steps, rows = np.subtract(after, before).sum(axis=0)
-    return Loop(float(rows / steps), float(took / steps))
+    took, steps, rows, step_seconds = np.sum(np.subtract(after, before), axis=0).tolist()
+    return Loop(rows / steps, took / steps, step_seconds / steps, statistics.mean(delays))
 
 
-def _counters(replica: Running) -> tuple[float, float, float]:
-    """Returns the time, and the numbers of steps and rows of a replica so far."""
+async def _all_counters(replicas: Replicas) -> list[Counters]:
+    return await asyncio.to_thread(lambda: [_counters(replica) for replica in replicas.replicas])
+
+
+def _counters(replica: Running) -> Counters:
     values = replica.metrics().values
-    return time.perf_counter(), values[f"{ROWS}_count"], values[f"{ROWS}_sum"]
+    return Counters(time.perf_counter(), values[f"{ROWS}_count"], values[f"{ROWS}_sum"], values[f"{STEPS}_sum"])
 
 
 def request_of(num_steps: int) -> RequestMaker:
@@ -312,40 +358,57 @@ def request_of(num_steps: int) -> RequestMaker:
     return lambda k: RequestSpec("one", {**fields, "digit": k % 10, "seed": k})
 
 
-def _measure(replicas: Replicas, rate: float, seed: int, seconds: float) -> dict[str, Any]:
-    """Returns the latencies of random arrivals, and the share of a core that each part has used."""
-    counted = [_counters(replica) for replica in replicas.replicas]
+Parts = list[list[Counters]]  # what each replica has counted in each part of a measurement
+
+
+def _measure(replicas: Replicas, rate: float, seed: int, seconds: float) -> tuple[dict[str, Any], Parts]:
+    """Returns the latencies of random arrivals and the share of a core that each part of the system has used."""
     before, start = replicas.used_seconds(), time.perf_counter()
 
-    async def run() -> list[float]:
-        async with connected(replicas.url) as send:
-            window = await open_loop(send, request_of(NUM_STEPS), arrivals(rate, seed), SETTLE_SECONDS, seconds)
-        check_answers(window.answers, f"{rate:.1f} requests/s")
-        return window.latencies()
+    async def run() -> tuple[list[float], list[list[Counters]]]:
+        counted = [await _all_counters(replicas)]
 
-    latencies = asyncio.run(run())
+        async def count() -> None:
+            begin = time.perf_counter()
+            while True:
+                await asyncio.sleep(begin + len(counted) * PART_SECONDS - time.perf_counter())
+                counted.append(await _all_counters(replicas))
+
+        async with connected(replicas.url) as send:
+            counting = asyncio.create_task(count())
+            try:
+                window = await open_loop(send, request_of(NUM_STEPS), arrivals(rate, seed), SETTLE_SECONDS, seconds)
+            finally:
+                counting.cancel()
+                await asyncio.gather(counting, return_exceptions=True)
+        check_answers(window.answers, f"{rate:.1f} requests/s")
+        return window.latencies(), [*counted, await _all_counters(replicas)]
+
+    latencies, counted = asyncio.run(run())
     took, after = time.perf_counter() - start, replicas.used_seconds()
-    counts = np.subtract([_counters(replica) for replica in replicas.replicas], counted)
-    return {
+    counts = np.diff(counted, axis=0)  # [part, replica, counter]
+    _, steps, rows, _ = counts.sum(axis=(0, 1))
+    row = {
         "rate": rate,
         "requests": len(latencies),
         "measured": percentiles_of(latencies),
-        "rows": float(counts[:, 2].sum() / counts[:, 1].sum()),  # mean of a step
+        "rows": float(rows / steps),  # mean of a step
         "cores": {name: (after[name] - before[name]) / took for name in before},
     }
+    return row, [[Counters(*of_replica) for of_replica in part] for part in counts.tolist()]
 
 
-def _simulate(inputs: Inputs, rate: float, seed: int, seconds: float) -> dict[str, float]:
-    """Returns the percentiles of a simulation of the same arrivals."""
+def simulate(inputs: Inputs, row: Mapping[str, Any], seed: int, seconds: float) -> dict[str, float]:
+    """Returns the percentiles of a simulation with the arrivals of a measurement, and the pace in the measurement."""
     request = JobRequest(Options(0, 0, NUM_STEPS, "dpmpp", 1.0), 1)
-    model = ReplicaModel(inputs.seconds_by_rows, inputs.request_seconds, MAX_BATCH)
-    coming = (Arrival(at, request) for at in arrivals(rate, seed))
-    outcomes = Cluster(model, NUM_REPLICAS, least_connections(seed)).run(coming, SETTLE_SECONDS + seconds)
+    paces = [Pace(PART_SECONDS, factors) for factors in row["paces"]]
+    coming = (Arrival(at, request) for at in arrivals(row["rate"], seed))
+    cluster = Cluster(inputs.model(), NUM_REPLICAS, least_connections(seed), paces=paces)
+    outcomes = cluster.run(coming, SETTLE_SECONDS + seconds)
     return percentiles_of([outcome.latency for outcome in outcomes if outcome.at >= SETTLE_SECONDS])
 
 
 def _summary(row: Mapping[str, Any]) -> str:
-    (error,) = errors_of([row], "p95")
-    found = f"p95 {row['measured']['p95']:.3f} s, simulated {row['simulated']['p95']:.3f} s ({error:+.0%})"
     used = ", ".join(f"{name} {cores:.2f}" for name, cores in row["cores"].items())
-    return f"{row['repeat'] + 1}: {row['share']:g} of the capacity, {row['requests']} requests: {found}; cores: {used}"
+    found = f"{row['requests']} requests: p95 {row['measured']['p95']:.3f} s; cores: {used}"
+    return f"{row['repeat'] + 1}: {row['share']:g} of the capacity, {found}"

@@ -7,7 +7,6 @@ and one thread. All routers get the same arrivals.
 import json
 import os
 import random
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -63,7 +62,7 @@ def measure_routing(measured: Path, requests: int, out: Path, reporter: Reporter
     `measured` is the JSON file of the mode `replicas`. `requests` is the number of requests of a case that count.
     """
     content = json.loads(measured.read_text())
-    model, num_steps = model_of(content["rows"]), content["num_steps"]
+    model, num_steps = model_of(content["inputs"]), content["num_steps"]
     rows = list[dict[str, Any]]()
     processes = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"))
     with processes as pool, reporter.task("simulating", len(CASES), "cases") as task:
@@ -76,14 +75,10 @@ def measure_routing(measured: Path, requests: int, out: Path, reporter: Reporter
         reporter.line(f"{title}\n{table}")
 
 
-def model_of(rows: Sequence[Mapping[str, Any]]) -> ReplicaModel:
-    """Returns a replica with the medians of the inputs in the rows of the mode `replicas`."""
-    inputs = [row["inputs"] for row in rows]
-    seconds = {
-        int(count): statistics.median(each["seconds_by_rows"][count] for each in inputs)
-        for count in inputs[0]["seconds_by_rows"]
-    }
-    return ReplicaModel(seconds, statistics.median(each["request_seconds"] for each in inputs))
+def model_of(inputs: Mapping[str, Any]) -> ReplicaModel:
+    """Returns a replica with the inputs that the mode `replicas` has stored."""
+    seconds = {int(rows): seconds for rows, seconds in inputs["seconds_by_rows"].items()}
+    return ReplicaModel(seconds, inputs["request_seconds"], inputs["delay_seconds"])
 
 
 def result_of(case: Case, model: ReplicaModel, num_steps: int, requests: int) -> dict[str, Any]:

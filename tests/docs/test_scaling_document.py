@@ -2,14 +2,13 @@
 
 import itertools
 import json
-import statistics
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
-from scripts.benchmark import replicas
-from scripts.benchmark.replicas import COLUMNS, SHARES, Inputs, errors_of, table_of
+from scripts.benchmark.replicas import COLUMNS, SHARES, Inputs, errors_of, simulate, table_of
 from scripts.benchmark.routers import ROUTERS
 from scripts.benchmark.routing import DEADLINE, MIX, NUM_REPLICAS, OF_MIX, model_of
 from scripts.benchmark.routing import tables_of as routing_tables
@@ -59,26 +58,38 @@ def test_figures_in_the_text_are_those_of_the_files() -> None:
     assert all(0.2 < share < 0.5 for share in of_images)
 
 
-@pytest.mark.xfail(reason="measured once, on a busy machine, as the document says", strict=True)
 @pytest.mark.parametrize("share", SHARES)
-def test_simulated_p95_is_within_the_limit(share: float) -> None:
+def test_simulated_p95_is_within_the_limit_in_each_repeat(share: float) -> None:
     rows = [row for row in CHECK["rows"] if row["share"] == share]
-    assert abs(statistics.median(errors_of(rows, "p95"))) <= LARGEST_ERROR
+    assert max(map(abs, errors_of(rows, "p95"))) <= LARGEST_ERROR
+    assert len(rows) >= 3
     assert sum(row["requests"] for row in rows) >= 1000
 
 
-@pytest.mark.parametrize("number", range(len(SHARES)))
-def test_simulation_of_the_stored_inputs_gives_the_stored_percentiles(number: int) -> None:
-    row = CHECK["rows"][number]
-    seconds = {int(rows): seconds for rows, seconds in row["inputs"]["seconds_by_rows"].items()}
-    inputs = Inputs(seconds, row["inputs"]["request_seconds"], row["inputs"]["capacity"])
-    assert replicas._simulate(inputs, row["rate"], number, CHECK["seconds"]) == pytest.approx(row["simulated"])
+def test_simulation_of_the_stored_inputs_gives_the_stored_percentiles() -> None:
+    for number, row in enumerate(CHECK["rows"][: len(SHARES)]):
+        assert simulate(stored_inputs(), row, number, CHECK["seconds"]) == pytest.approx(row["simulated"])
 
 
-def test_routers_are_compared_with_the_measured_step_times() -> None:
-    model = model_of(CHECK["rows"])
-    assert ROUTING["model"]["request_seconds"] == model.request_seconds
-    assert ROUTING["model"]["seconds_by_rows"] == {f"{rows}": time for rows, time in model.seconds_by_rows.items()}
+def test_error_with_a_steady_pace_is_that_of_the_text() -> None:
+    errors, steady = list[float](), {"paces": [[1.0]] * 2}
+    for number, row in enumerate(CHECK["rows"]):
+        found = simulate(stored_inputs(), row | steady, number, CHECK["seconds"])
+        errors += errors_of([row | {"simulated": found}], "p95")
+    assert f"wrong by {min(errors):+.0%} to {max(errors):+.0%}" in DOCUMENT.text
+    slowest = max(factor for row in CHECK["rows"] for factors in row["paces"] for factor in factors)
+    assert f"up to {slowest:.1f} times slower than usual" in DOCUMENT.text
+
+
+def stored_inputs() -> Inputs:
+    stored = CHECK["inputs"]
+    of_rows = ("seconds_by_rows", "usual")
+    by_rows = {name: {int(rows): seconds for rows, seconds in stored[name].items()} for name in of_rows}
+    return Inputs(**{**stored, **by_rows})
+
+
+def test_routers_are_compared_with_the_measured_replica() -> None:
+    assert ROUTING["model"] == json.loads(json.dumps(asdict(model_of(CHECK["inputs"]))))
 
 
 @pytest.mark.parametrize(("num_replicas", "share"), list(itertools.product(NUM_REPLICAS, (0.7, 0.9, 0.95))))
@@ -93,17 +104,18 @@ def test_least_connections_is_the_best_rule_for_small_requests(num_replicas: int
 
 def test_half_of_the_small_requests_in_a_large_cell_take_as_long_as_on_an_idle_replica() -> None:
     model, num_steps = ROUTING["model"], ROUTING["num_steps"]
-    idle = num_steps * model["seconds_by_rows"]["1"] + model["request_seconds"]
+    idle = num_steps * model["seconds_by_rows"]["1"] + model["delay_seconds"]
     assert latency("least connections", "1", 64, 0.7, name="p50") == pytest.approx(idle, rel=0.01)
 
 
-def test_routing_by_images_halves_the_latency_of_large_requests_and_doubles_that_of_small_ones() -> None:
-    ratio = {
-        count: latency("least images", count, 8, 0.9) / latency("least connections", count, 8, 0.9)
-        for count in ("1", "64")
-    }
-    assert 1.6 < ratio["1"] < 2.4
-    assert 0.4 < ratio["64"] < 0.6
+def test_routing_by_images_helps_large_requests_and_delays_small_ones() -> None:
+    before, after = (
+        {count: latency(router, count, 8, 0.9) for count in ("1", "64")}
+        for router in ("least connections", "least images")
+    )
+    assert after["64"] < before["64"] and after["1"] > before["1"]
+    assert f"64 images from {before['64']:.1f} s to {after['64']:.1f} s" in DOCUMENT.text
+    assert f"one image from {before['1']:.2f} s to {after['1']:.2f} s" in DOCUMENT.text
 
 
 def test_old_numbers_of_images_do_not_help_small_requests() -> None:

@@ -17,7 +17,7 @@ import psutil
 
 from tests.e2e.process import BASE, ROOT, TIMEOUT, wait_until
 
-START_SECONDS = 120
+START_SECONDS = 300
 RAY = str(Path(sys.executable).with_name("ray"))
 
 

@@ -13,7 +13,7 @@ from app.engine.admission import Admission
 from app.engine.job import Job, JobRequest, Options
 from app.engine.step_times import StepTimes
 from scripts.benchmark.clients import arrivals
-from scripts.benchmark.cluster_simulation import LATE, OK, REFUSED, Arrival, Cluster, Outcome, ReplicaModel
+from scripts.benchmark.cluster_simulation import LATE, OK, REFUSED, Arrival, Cluster, Outcome, Pace, ReplicaModel
 from scripts.benchmark.routers import ROUTERS, View, at_random, round_robin, two_by_requests
 from scripts.benchmark.simulation import simulate
 
@@ -32,24 +32,31 @@ def run(model: ReplicaModel, *planned: Arrival, num_replicas: int = 1) -> list[O
     return Cluster(model, num_replicas, round_robin(0)).run(endless(planned), 1e9)
 
 
-def test_single_request_takes_its_steps_and_its_handling() -> None:
-    (outcome,) = run(ReplicaModel({1: 0.5}, request_seconds=0.25), Arrival(3.0, request(4)))
+def test_single_request_takes_its_steps_and_the_time_outside_of_the_engine() -> None:
+    model = ReplicaModel({1: 0.5}, request_seconds=8.0, delay_seconds=0.25)
+    (outcome,) = run(model, Arrival(3.0, request(4)))
     assert outcome == Outcome(3.0, 3.0 + 4 * 0.5 + 0.25, images=1, status=OK, replica=0)
 
 
-def test_handling_of_requests_delays_the_step_in_progress_and_the_next_one() -> None:
+def test_requests_make_the_steps_of_other_requests_longer() -> None:
     model = ReplicaModel({1: 1.0, 2: 1.0}, request_seconds=0.5)
     first, second = run(model, Arrival(0.0, request(1)), Arrival(0.5, request(1)))
-    # The first step begins after the first arrival, at 0.25, and the second arrival makes it longer, until 1.5.
-    assert first.done == 1.5 + 0.25
-    # The answer of the first request leaves before the second step begins.
-    assert second.done == 1.75 + 1.0 + 0.25
+    assert first.done == 1.0 + 0.25  # The second request arrives during this step.
+    assert second.done == 1.25 + 1.0 + 0.25  # The answer of the first request leaves during this step.
 
 
-def test_answers_that_end_in_the_same_step_leave_one_after_the_other() -> None:
-    model = ReplicaModel({1: 1.0, 2: 1.0}, request_seconds=0.5)
-    outcomes = run(model, Arrival(0.0, request(2)), Arrival(0.5, request(1)))
-    assert [outcome.done for outcome in outcomes] == [2.5 + 0.25, 2.5 + 0.5]
+def test_time_outside_of_the_engine_does_not_delay_other_requests() -> None:
+    model = ReplicaModel({1: 1.0}, delay_seconds=4.0)
+    outcomes = run(model, Arrival(0.0, request(1)), Arrival(1.0, request(1)))
+    assert [outcome.done for outcome in outcomes] == [5.0, 6.0]
+
+
+def test_each_replica_has_a_pace_of_its_own() -> None:
+    model = ReplicaModel({1: 1.0}, request_seconds=0.5)
+    slow, steady = Pace(2.0, (1.0, 3.0)), Pace(2.0, (1.0,))
+    planned = [Arrival(0.0, request(3)), Arrival(0.0, request(3))]
+    outcomes = Cluster(model, 2, round_robin(0), paces=[slow, steady]).run(endless(planned), 1e9)
+    assert sorted((outcome.replica, outcome.done) for outcome in outcomes) == [(0, 1.0 + 1.0 + 3.0), (1, 3.0)]
 
 
 @pytest.mark.parametrize("max_batch", [1, 3, 8])

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,11 @@ from scripts.benchmark import routing
 from scripts.benchmark.cluster_simulation import ReplicaModel
 from scripts.benchmark.routing import DEADLINE, LOADS, MIX, SINGLE, Case, arrivals_of, model_of, result_of, tables_of
 
-MODEL = ReplicaModel({1: 4e-3, 2: 6e-3, 4: 0.01, 8: 0.018, 16: 0.032, 32: 0.065}, 3e-3)
+MODEL = ReplicaModel({1: 4e-3, 2: 6e-3, 4: 0.01, 8: 0.018, 16: 0.032, 32: 0.065}, 3e-3, 6e-3)
 
 
-def inputs(factor: float) -> dict[str, object]:
-    seconds = {f"{rows}": factor * time for rows, time in MODEL.seconds_by_rows.items()}
-    return {"inputs": {"seconds_by_rows": seconds, "request_seconds": factor * MODEL.request_seconds}}
-
-
-def test_model_has_the_medians_of_the_measured_inputs() -> None:
-    assert model_of([inputs(factor) for factor in (0.5, 1.0, 9.0)]) == MODEL
+def test_model_has_the_measured_inputs() -> None:
+    assert model_of(json.loads(json.dumps(asdict(MODEL)))) == MODEL
 
 
 def test_mix_has_its_shares_and_its_rate() -> None:
@@ -59,7 +55,7 @@ def test_routing_simulates_all_cases_and_prints_tables(
     monkeypatch.setattr(routing, "CASES", cases)
     monkeypatch.setattr(routing, "ProcessPoolExecutor", SameProcess)
     measured, out = tmp_path / "replicas.json", tmp_path / "routing.json"
-    measured.write_text(json.dumps({"num_steps": 10, "rows": [inputs(1.0)]}))
+    measured.write_text(json.dumps({"num_steps": 10, "inputs": asdict(MODEL)}))
     bench.main(["routing", str(measured), "--requests=500", f"--out={out}"])
     content = json.loads(out.read_text())
     assert [(row["load"], row["router"], row["report_seconds"]) for row in content["rows"]] == [
