@@ -33,8 +33,11 @@ pytestmark = [
 
 # Tests of the shared service that also hold through Ray's proxy, with two replicas. Not among them are the tests of
 # connections, which end at the proxy, and those of metrics, which have the additional label `replica`.
-CONTRACT = ("test_response_formats.py", "test_idempotency.py", "test_reproduce.py", "test_http.py", "test_openai.py")
-MORE_OF_CONTRACT = ("test_labels.py", "test_picture_tasks.py", "test_validation.py", "test_reproducibility.py")
+CONTRACT = ("test_response_formats.py", "test_idempotency.py", "test_http.py")
+MORE_OF_CONTRACT = (
+    *("test_reproduce.py", "test_openai.py", "test_labels.py", "test_picture_tasks.py", "test_validation.py"),
+    "test_reproducibility.py",
+)
 # The proxy answers an invalid Content-Length with its own 400. Each replica has loaded its models at another time.
 DIFFERENT = "not content_length_over_the_limit and not models_are_listed"
 LONG = {"digit": 3, "count": 8, "num_steps": 100}
@@ -193,6 +196,7 @@ def test_killed_replica_fails_only_its_requests_without_a_seed(cluster: RayClust
     assert_same_bytes(answers)
 
 
+@pytest.mark.slow  # it starts two replicas again
 def test_stream_of_a_killed_replica_ends_with_an_error(cluster: RayCluster, through_ray: Service) -> None:
     with through_ray.events(LONG | {"count": 64, "seed": 1}) as events:
         assert next(events)[0] == "accepted"
@@ -207,6 +211,7 @@ def test_stream_of_a_killed_replica_ends_with_an_error(cluster: RayCluster, thro
     cluster.wait_until_running(2, without=old)
 
 
+@pytest.mark.slow  # it starts two replicas again
 def test_rolling_redeploy_under_load_loses_no_request(cluster: RayCluster) -> None:
     old = frozenset(each["replica_id"] for each in cluster.replicas())
     with load(cluster.url) as answers:
@@ -216,6 +221,7 @@ def test_rolling_redeploy_under_load_loses_no_request(cluster: RayCluster) -> No
     assert_same_bytes(answers)
 
 
+@pytest.mark.slow  # it starts a replica again
 def test_full_replica_and_full_proxy_are_429(cluster: RayCluster, through_ray: Service) -> None:
     old = frozenset(each["replica_id"] for each in cluster.replicas())
     limits = {"max_ongoing_requests": 3, "max_queued_requests": 1}

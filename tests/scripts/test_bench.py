@@ -89,6 +89,7 @@ def test_closed_measures_a_real_service(tiny: Path, tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out.count("| unfog |") == 9 + 2  # two loads have two kinds of requests
 
 
+@pytest.mark.slow  # it measures two services
 @pytest.mark.usefixtures("forks")
 def test_versions_compares_two_services(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -107,6 +108,7 @@ def test_versions_compares_two_services(
     assert "| load | unit | base | new | ratio | rows per step |" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # it measures a real service
 @pytest.mark.usefixtures("forks")
 def test_batches_measures_requests_alone_and_while_a_batch_runs(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -265,6 +267,7 @@ def test_measure_steps_measures_each_number_of_rows(tiny: Path) -> None:
     assert all(seconds[rows] >= 0.0001 * rows for rows in (1, 64))
 
 
+@pytest.mark.slow  # it measures a real service
 @pytest.mark.usefixtures("forks")
 def test_endurance_measures_a_service_under_mixed_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -597,6 +597,7 @@ def test_folder_that_the_service_cannot_name_is_refused(tmp_path: Path, capsys: 
     assert not (tmp_path / "a,b").exists()
 
 
+@pytest.mark.slow  # it trains twice
 def test_printed_choices_are_a_recipe_with_the_same_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_folder(tmp_path / "data")
     train.main(own(tmp_path / "auto", data, "--image-size=40", "--epochs=1"))

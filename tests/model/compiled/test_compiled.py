@@ -11,6 +11,7 @@ from tests.tiny import tiny_unet
 @pytest.mark.timeout(1200)  # on a busy machine the compiler can take minutes
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 # torch raises warnings about its own code while it compiles.
+@pytest.mark.slow  # it compiles for a minute
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_compiled_bfloat16_gradients_match_float32() -> None:
     """Regression test: in torch 2.13 the compiled gradient of nn.Upsample is zero, so lower levels did not learn."""

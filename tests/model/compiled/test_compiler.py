@@ -334,6 +334,7 @@ def test_gpu_step_is_compiled_for_all_batch_sizes_in_a_private_folder(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow  # it compiles for half a minute
 def test_gpu_step_is_compiled_for_no_other_shape_after_the_shapes_to_compile(tmp_path: Path) -> None:
     file = tiny_checkpoint(tmp_path)
     graphs: list[torch.fx.GraphModule] = []

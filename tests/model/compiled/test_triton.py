@@ -46,6 +46,7 @@ def triton_code(*arguments: str, timeout: float = 280, **variables: str) -> dict
     return found
 
 
+@pytest.mark.slow  # it compiles twice
 def test_triton_kernels_of_a_small_step_compile_for_the_oldest_and_the_newest_architecture(
     tmp_path: Path, caches: dict[str, str]
 ) -> None:

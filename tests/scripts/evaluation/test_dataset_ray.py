@@ -153,6 +153,7 @@ def test_run_continues_with_another_engine_and_gives_the_same_files(
     assert len(blocks) == 2, "both workers generate images"
 
 
+@pytest.mark.slow  # it starts Ray again
 def test_killed_worker_changes_no_byte_of_a_filtered_data_set(
     make: Make, connected: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

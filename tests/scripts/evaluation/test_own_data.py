@@ -250,6 +250,7 @@ def test_classifier_of_own_data_does_not_overwrite_the_shipped_ones(
     assert "--data needs --out" in line
 
 
+@pytest.mark.slow  # it trains three classifiers
 def test_classifier_in_the_cache_that_is_damaged_or_of_other_classes_is_trained_again(
     folder: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

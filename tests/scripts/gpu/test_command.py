@@ -37,6 +37,7 @@ def gpu_check(folder: Path, *arguments: str, blocked: tuple[str, ...] = ()) -> "
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=280)
 
 
+@pytest.mark.slow  # it runs all sections
 def test_every_section_runs_or_is_skipped_on_a_cpu_without_the_packages_for_http(tiny: Path, tmp_path: Path) -> None:
     done = gpu_check(tmp_path, "--checkpoint", str(tiny), blocked=(*HTTP_PACKAGES, "starlette", "pydantic"))
     content: dict[str, Any] = json.loads((tmp_path / "gpu_check.json").read_text())
