@@ -187,4 +187,4 @@ def _is_repeatable(scope: Scope, content: bytes | None) -> bool:
         return False
     tensors = fields.get("inputs")  # of the Open Inference Protocol
     names = [each.get("name") for each in tensors if isinstance(each, dict)] if isinstance(tensors, list) else []
-    return "seed" in fields or "seed" in names
+    return fields.get("seed") is not None or "seed" in names

@@ -130,6 +130,7 @@ def test_request_whose_result_is_fixed_is_sent_again(body: bytes, options: dict[
     [
         (b'{"digit": 7}', {}),
         (b'{"digit": 7, "prompt": "seed"}', {}),
+        (b'{"digit": 7, "seed": null}', {}),
         (b'["seed"]', {}),
         (b'{"inputs": [{"name": "digit"}, "seed"]}', {}),
         (b"[" * 10_000, {}),
