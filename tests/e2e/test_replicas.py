@@ -106,6 +106,7 @@ def test_stream_arrives_event_by_event(shared: Replicas) -> None:
 @pytest.mark.parametrize("body", [{}, {"seed": 5}], ids=["without seed", "with seed"])
 @pytest.mark.parametrize("accept", [JSON, EVENTS])
 def test_client_that_leaves_frees_its_rows(shared: Replicas, accept: str, body: dict[str, int]) -> None:
+    wait_until(lambda: not shared.value("running_images"), "no image runs")
     before = shared.value("cancelled_total")
     content = json.dumps(LARGE | body)
     head = f"POST /generate HTTP/1.1\r\nhost: x\r\naccept: {accept}\r\ncontent-type: {JSON}\r\n"
