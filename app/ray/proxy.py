@@ -28,6 +28,7 @@ from app.api.http.error_formats import data_of_error, format_of
 from app.api.http.events import event_text
 from app.api.http.idempotency import HEADER as IDEMPOTENCY_KEY
 from app.api.http.media_types import EVENTS
+from app.api.middleware.unread_body import UnreadBody
 from app.errors import BodyTooLarge, DeadlineExceeded, NoReplica, Overloaded, ReplicaLost, UnfogError
 
 REMOVED = ("x-request-disconnect-disabled", "x-request-timeout-seconds")  # read by Ray's proxy
@@ -45,11 +46,11 @@ _MULTIPART_SEED = re.compile(rb'\bname="?seed"?[\s;]')
 
 def middleware() -> list[Middleware]:
     """Returns what Ray adds to each proxy."""
-    return [Middleware(LostReplicas)]
+    return [Middleware(UnreadBody), Middleware(LostReplicas)]
 
 
 class LostReplicas:
-    """The outermost middleware of a proxy."""
+    """Answers a request whose replica has died, or repeats it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -80,8 +81,8 @@ class LostReplicas:
 class _Body:
     """The body of a request, which can be read again if it is not too long."""
 
-    def __init__(self, receive: Receive, limit: int, refuse: Callable[[], Awaitable[None]]) -> None:
-        """Calls `refuse` if the body has more than `limit` bytes."""
+    def __init__(self, receive: Receive, limit: int, refuse: Callable[[], Awaitable[bool]]) -> None:
+        """Calls `refuse` if the body has more than `limit` bytes. It returns False if there is an answer already."""
         self._receive, self._limit, self._refuse = receive, limit, refuse
         self._messages: list[Message] | None = []  # None if the body is too long
         self._num_bytes = self._position = 0
@@ -94,7 +95,8 @@ class _Body:
         message = await self._receive()
         self._num_bytes += len(message.get("body", b""))
         if self._num_bytes > self._limit:
-            await self._refuse()
+            if not await self._refuse():
+                return {**message, "body": b""}  # The replica discards the rest, so it is not sent.
             message = {"type": "http.disconnect"}
         if message["type"] == "http.disconnect":
             self.has_ended = True
@@ -142,13 +144,11 @@ class _Answer:
             self.is_complete = not message.get("more_body")
         await self._send(message)
 
-    async def fail(self, error: UnfogError) -> None:
-        """Ends the response with the error. A response that has begun and is no stream stays incomplete."""
+    async def fail(self, error: UnfogError) -> bool:
+        """Ends the response with the error. A response that has begun and is no stream stays incomplete: False."""
         if not self.status:
             response = format_of(self._path)(error, self._id)
             response.headers[ID] = self._id
-            if isinstance(error, BodyTooLarge):
-                response.headers["connection"] = "close"  # The rest of the body is not read.
             self.status, self.is_complete = response.status_code, True
             await self._send({"type": "http.response.start", "status": self.status, "headers": response.raw_headers})
             await self._send({"type": "http.response.body", "body": bytes(response.body)})
@@ -156,6 +156,9 @@ class _Answer:
             self.is_complete = True
             event = event_text("error", data_of_error(self._path, error, self._id))
             await self._send({"type": "http.response.body", "body": event.encode()})
+        else:
+            return False
+        return True
 
 
 def _error_of_ray(status: int) -> UnfogError:

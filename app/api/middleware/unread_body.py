@@ -48,8 +48,12 @@ class _Body:
         await self._send(message)
 
     async def _discard(self) -> None:
-        """Reads and discards input until the body or the connection ends, for at most LINGER_SECONDS."""
+        """Reads and discards input until the body or the connection ends.
+
+        It stops after LINGER_SECONDS or LINGER_BYTES, because a client can send without end.
+        """
+        remaining = LINGER_BYTES
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
-                while self._unread:
-                    await self.receive()
+                while self._unread and remaining > 0:
+                    remaining -= len((await self.receive()).get("body", b""))

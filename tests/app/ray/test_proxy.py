@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.middleware.unread_body import UnreadBody
 from app.ray import proxy
 from app.ray.proxy import LostReplicas
 
@@ -62,8 +63,15 @@ def answers_itself(status: int) -> Answer:
     return PlainTextResponse("text of Ray", status)
 
 
+def chain(app: ASGIApp) -> ASGIApp:
+    """Returns the application behind the middleware, as Ray builds it."""
+    for each in reversed(proxy.middleware()):
+        app = each.cls(app)
+    return app
+
+
 async def request(
-    app: FakeProxy, body: bytes = b"", method: str = "POST", path: str = "/generate", **headers: str
+    app: ASGIApp, body: bytes = b"", method: str = "POST", path: str = "/generate", **headers: str
 ) -> tuple[int, dict[str, str], bytes, list[Message]]:
     """Sends a request in two pieces. Returns status, headers and body of the response, and all messages."""
     middle = len(body) // 2
@@ -85,7 +93,7 @@ async def request(
         "path": path,
         "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
     }
-    await LostReplicas(app)(scope, receive, send)
+    await chain(app)(scope, receive, send)
     start = sent[0] if sent else {"status": 0, "headers": []}
     received = {name.decode(): value.decode() for name, value in start["headers"]}
     return start["status"], received, b"".join(message.get("body", b"") for message in sent[1:]), sent
@@ -217,15 +225,56 @@ def test_invalid_request_id_is_replaced(given: str) -> None:
     assert len(ray.headers[0]["x-request-id"]) == 32
 
 
-def test_body_beyond_the_limit_is_413_and_is_not_read_further(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_body_beyond_the_limit_is_413_and_is_not_sent_further(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy, "MOST_BYTES", 10)
     ray = FakeProxy(dies, succeeds)
-    status, headers, body, _ = run(ray, SEEDED)
-    assert (status, json.loads(body)["code"], headers["connection"]) == (413, "body_too_large", "close")
+    status, _, body, _ = run(ray, SEEDED, content_length=str(len(SEEDED)))
+    assert (status, json.loads(body)["code"]) == (413, "body_too_large")
     assert len(ray.bodies) == 1
     assert len(ray.bodies[0]) <= 10
     monkeypatch.setattr(proxy, "MOST_FILE_BYTES", len(SEEDED))
     assert run(FakeProxy(succeeds), SEEDED, path="/v1/files")[0] == 200
+
+
+def test_answer_before_the_end_of_the_body_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replica refuses the request and reads on, so that the client does not lose the answer."""
+    monkeypatch.setattr(proxy, "MOST_BYTES", 20)
+    read = []
+
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"x-request-id", b"of-replica"), (b"x-request-id", b"of the proxy")]
+        await send({"type": "http.response.start", "status": 415, "headers": headers})
+        await send({"type": "http.response.body", "body": b"no", "more_body": True})
+        while (message := await receive())["more_body"]:
+            read.append(message["body"])
+        read.append(message["body"])
+        await send({"type": "http.response.body", "body": b"pe"})
+
+    status, headers, body, _ = run(refuse, SEEDED, content_length=str(len(SEEDED)))
+    assert (status, headers["connection"], body) == (415, "close", b"nope")
+    assert read == [SEEDED[: len(SEEDED) // 2], b""]
+
+
+def test_client_receives_the_413_before_the_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "MOST_BYTES", 5)
+    pieces: list[Message] = [{"type": "http.request", "body": b"12345678", "more_body": True}] * 3
+    pieces.append({"type": "http.request", "body": b"9", "more_body": False})
+    sent: list[Message] = []
+    unread_at_the_end = []
+
+    async def receive() -> Message:
+        return pieces.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            unread_at_the_end.append(len(pieces))
+
+    app = chain(FakeProxy(dies))
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": [(b"transfer-encoding", b"chunked")]}
+    asyncio.run(app(scope, receive, send))
+    assert (sent[0]["status"], dict(sent[0]["headers"])[b"connection"]) == (413, b"close")
+    assert unread_at_the_end == [0]
 
 
 def test_client_that_leaves_is_neither_answered_nor_repeated() -> None:
@@ -265,5 +314,4 @@ def test_other_protocols_pass() -> None:
 
 
 def test_ray_loads_the_middleware() -> None:
-    (one,) = proxy.middleware()
-    assert one.cls is LostReplicas
+    assert [each.cls for each in proxy.middleware()] == [UnreadBody, LostReplicas]
