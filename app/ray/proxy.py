@@ -82,7 +82,10 @@ class _Body:
     """The body of a request, which can be read again if it is not too long."""
 
     def __init__(self, receive: Receive, limit: int, refuse: Callable[[], Awaitable[bool]]) -> None:
-        """Calls `refuse` if the body has more than `limit` bytes. It returns False if there is an answer already."""
+        """Calls `refuse` if the body has more than `limit` bytes.
+
+        `refuse` returns False if it is too late, because the replica has begun to answer.
+        """
         self._receive, self._limit, self._refuse = receive, limit, refuse
         self._messages: list[Message] | None = []  # None if the body is too long
         self._num_bytes = self._position = 0
@@ -145,7 +148,10 @@ class _Answer:
         await self._send(message)
 
     async def fail(self, error: UnfogError) -> bool:
-        """Ends the response with the error. A response that has begun and is no stream stays incomplete: False."""
+        """Ends the response with the error, and returns True.
+
+        Returns False if the response has begun and is no stream. It is then left as it is.
+        """
         if not self.status:
             response = format_of(self._path)(error, self._id)
             response.headers[ID] = self._id

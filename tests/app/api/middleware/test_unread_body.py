@@ -4,14 +4,16 @@ import asyncio
 
 from starlette.types import Message, Receive, Scope, Send
 
-from app.api.middleware import unread_body
-from app.api.middleware.unread_body import UnreadBody
+from app.api.middleware.unread_body import LINGER_BYTES, UnreadBody
 
 PIECE = 1024 * 1024
 
 
 def sent_and_number_read(num_pieces: int) -> tuple[list[Message], int]:
-    """Returns what is sent for a refused request of so many pieces, and the number of pieces that were read."""
+    """Sends a request with a body of `num_pieces` pieces to an application that refuses it without reading it.
+
+    Returns the messages of the response, and how many pieces were read from the client.
+    """
     sent: list[Message] = []
     num_read = 0
 
@@ -44,4 +46,4 @@ def test_response_precedes_the_discarded_input_and_its_end_follows() -> None:
 
 def test_endless_input_is_discarded_up_to_the_limit_of_bytes() -> None:
     _, num_read = sent_and_number_read(num_pieces=10**9)
-    assert num_read == unread_body.LINGER_BYTES // PIECE
+    assert num_read == LINGER_BYTES // PIECE
