@@ -89,17 +89,22 @@ class _Body:
         self._receive, self._limit, self._refuse = receive, limit, refuse
         self._messages: list[Message] | None = []  # None if the body is too long
         self._num_bytes = self._position = 0
+        self._is_cut = False
         self.has_ended = False  # True if the client has left, or if the body was refused
 
     async def receive(self) -> Message:
         if self._messages is not None and self._position < len(self._messages):
             self._position += 1
             return self._messages[self._position - 1]
+        if self._is_cut:
+            await asyncio.Future()  # Ray reads on until the client leaves or the answer is complete, and cancels this.
         message = await self._receive()
         self._num_bytes += len(message.get("body", b""))
         if self._num_bytes > self._limit:
             if not await self._refuse():
-                return {**message, "body": b""}  # The replica discards the rest, so it is not sent.
+                # For the replica, which would only discard the rest, the body ends here.
+                self._is_cut = True
+                return {"type": "http.request", "body": b"", "more_body": False}
             message = {"type": "http.disconnect"}
         if message["type"] == "http.disconnect":
             self.has_ended = True

@@ -255,6 +255,33 @@ def test_answer_before_the_end_of_the_body_is_not_replaced(monkeypatch: pytest.M
     assert read == [SEEDED[: len(SEEDED) // 2], b""]
 
 
+def test_ray_reads_no_more_of_a_body_whose_end_the_replica_does_not_need() -> None:
+    """Ray's proxy reads in a task of its own, which it cancels after the answer, also beyond the end of the body."""
+    num_read = 0
+
+    async def endless() -> Message:
+        nonlocal num_read
+        num_read += 1
+        await asyncio.sleep(0)
+        return {"type": "http.request", "body": b"1234", "more_body": True}
+
+    async def too_late() -> bool:
+        return False
+
+    async def main() -> list[Message]:
+        body = proxy._Body(endless, 5, too_late)
+        messages = [await body.receive(), await body.receive()]
+        further = asyncio.create_task(body.receive())
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not further.done()
+        further.cancel()
+        return messages
+
+    assert [message["more_body"] for message in asyncio.run(main())] == [True, False]
+    assert num_read == 2
+
+
 def test_client_receives_the_413_before_the_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy, "MOST_BYTES", 5)
     pieces: list[Message] = [{"type": "http.request", "body": b"12345678", "more_body": True}] * 3
