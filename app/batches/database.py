@@ -88,6 +88,7 @@ class Database:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="database")
         # Large downloads have threads of their own, so that they do not delay the workers and the other requests.
         self._streams = ThreadPoolExecutor(STREAM_THREADS, thread_name_prefix="database-stream")
+        self._heart = ThreadPoolExecutor(1, thread_name_prefix="database-beat")
 
     @property
     def exists(self) -> bool:
@@ -143,6 +144,10 @@ class Database:
         """
         return await self._run_in(self._pool, partial(work, *arguments))
 
+    async def run_undelayed(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Is `run` in a thread that nothing else uses, so that no other work delays the function."""
+        return await self._run_in(self._heart, partial(work, *arguments))
+
     async def next_of(self, values: Iterator[T]) -> T | None:
         """Returns the next value of an iterator that reads the database, or None at its end.
 
@@ -161,8 +166,8 @@ class Database:
             raise
 
     def close(self) -> None:
-        """Closes the connections. Waits for the work in the pool."""
-        for pool in (self._pool, self._streams):
+        """Closes the connections. Waits for the work in all threads, because a connection in use would stay open."""
+        for pool in (self._pool, self._streams, self._heart):
             pool.shutdown(cancel_futures=True)
         with self._open_lock:
             if self._engine:
@@ -173,7 +178,7 @@ class Database:
     def _postgresql(self, url: URL) -> Engine:
         engine = sa.create_engine(
             url,
-            pool_size=THREADS + STREAM_THREADS,
+            pool_size=THREADS + STREAM_THREADS + 1,
             max_overflow=THREADS,
             pool_pre_ping=True,
             connect_args=CONNECTION,
@@ -195,7 +200,7 @@ class Database:
             raise StorageUnavailable(RETRY_SECONDS) from error
         engine = sa.create_engine(
             f"sqlite+pysqlite:///{self._folder / FILE}",
-            pool_size=THREADS + STREAM_THREADS,
+            pool_size=THREADS + STREAM_THREADS + 1,
             max_overflow=THREADS,
             connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False},
         )

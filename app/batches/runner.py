@@ -24,7 +24,6 @@ import json
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -94,7 +93,6 @@ class BatchRunner:
         self._work = dict[str, Work]()
         self._answers: list[tuple[Line, LineAnswer]] = []  # that are not stored yet
         self._num_storing, self._storing = 0, asyncio.Lock()
-        self._heart = ThreadPoolExecutor(1, thread_name_prefix="batch-beat")  # which no other work can delay
         self._new = deque[str]()  # the batches that are to be validated
         self._is_woken, self._may_feed, self._has_answers = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._has_new = asyncio.Event()
@@ -136,8 +134,7 @@ class BatchRunner:
         """
         if not self._database.exists:
             await self._has_database.wait()
-        beat = partial(self._batches.beat, is_alone=not self._database.is_shared)
-        await asyncio.get_running_loop().run_in_executor(self._heart, beat)
+        await self._database.run_undelayed(partial(self._batches.beat, is_alone=not self._database.is_shared))
         self._is_alive.set()
         if not self._database.is_shared:
             await asyncio.Event().wait()
@@ -326,7 +323,6 @@ class BatchRunner:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._heart.shutdown(wait=False)
         if not self._database.exists:
             return
         answers, self._answers = self._answers, []

@@ -540,10 +540,38 @@ def test_heartbeat_does_not_wait_for_other_work_in_threads(store: Store) -> None
     async def main() -> None:
         loop = asyncio.get_running_loop()
         others = [loop.run_in_executor(None, may_end.wait, TIMEOUT) for _ in range(100)]
+        others += [asyncio.ensure_future(store.database.run(may_end.wait, TIMEOUT)) for _ in range(100)]
         async with running(store, Answers()) as worker, asyncio.timeout(TIMEOUT / 2):
             await worker.runner._is_alive.wait()
             may_end.set()
         await asyncio.gather(*others)
+
+    asyncio.run(main())
+
+
+def test_stop_waits_for_the_heartbeat(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the database would be closed while the heartbeat uses a connection, which would stay open."""
+    started, may_end = threading.Event(), threading.Event()
+    has_ended = False
+    store.num_lines()  # creates the database
+
+    def beat(**_: Any) -> None:
+        nonlocal has_ended
+        started.set()
+        assert may_end.wait(TIMEOUT)
+        has_ended = True
+
+    monkeypatch.setattr(store.batches, "beat", beat)
+
+    async def main() -> None:
+        async with running(store, Answers()) as worker:
+            await asyncio.to_thread(started.wait, TIMEOUT)
+            stop = asyncio.create_task(worker.stop())
+            await asyncio.wait([stop], timeout=0.2)
+            was_done = stop.done()
+            may_end.set()
+            await stop
+            assert (was_done, has_ended) == (False, True)
 
     asyncio.run(main())
 
