@@ -15,7 +15,10 @@ class ImagesPerReplica:
         """Returns the number of replicas, and no state.
 
         The number of images is a mean over `look_back_period_s`. Ray applies the bounds, the delays and the scaling
-        factors of the configuration.
+        factors of the configuration. As long as no replica has reported images, for example after a start of Ray's
+        controller, the number of replicas stays.
         """
         of_replicas = (context.aggregated_metrics or {}).get("images", {})
+        if not of_replicas:
+            return context.target_num_replicas, {}
         return sum(of_replicas.values()) / self._images, {}

@@ -16,8 +16,8 @@ import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
@@ -35,8 +35,10 @@ REMOVED = ("x-request-disconnect-disabled", "x-request-timeout-seconds")  # read
 ID = "x-request-id"
 RAY_PATHS = "/-/"  # the health and the routes of the proxy
 STORED_PATHS = ("/v1/files", "/v1/batches")  # POST creates something, so it cannot be repeated
-# The proxy reads a body faster than the replica, and keeps the rest in its memory. A longer body is answered with 413.
+# The proxy reads a body faster than the replica, and keeps the rest in its memory, also before the replica has checked
+# the API key. A longer body is answered with 413. If the bodies of all requests in progress are longer, one gets 429.
 MOST_BYTES, MOST_FILE_BYTES = 32 * 2**20, 256 * 2**20
+MOST_BYTES_OF_ALL = 2**30
 MOST_REPEATED_BYTES = 4 * 2**20  # a request with a longer body is not repeated
 MOST_ATTEMPTS = 3
 LOST_SECONDS = 1  # Retry-After; the other replicas run
@@ -45,15 +47,15 @@ _MULTIPART_SEED = re.compile(rb'\bname="?seed"?[\s;]')
 
 
 def middleware() -> list[Middleware]:
-    """Returns what Ray adds to each proxy."""
-    return [Middleware(UnreadBody), Middleware(LostReplicas)]
+    """Returns what Ray adds to each proxy. Ray calls the last one first, unlike Starlette."""
+    return [Middleware(LostReplicas), Middleware(UnreadBody)]
 
 
 class LostReplicas:
     """Answers a request whose replica has died, or repeats it."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+        self._app, self._bodies = app, _Bodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].startswith(RAY_PATHS):
@@ -67,30 +69,45 @@ class LostReplicas:
             headers[ID] = new_request_id()
         limit = MOST_FILE_BYTES if scope["path"].startswith(STORED_PATHS) else MOST_BYTES
         answer = _Answer(scope, send)
-        body = _Body(receive, limit, partial(answer.fail, BodyTooLarge(limit)))
-        for _ in range(MOST_ATTEMPTS):
-            await self._app({**scope, "headers": list(scope["headers"])}, body.receive, answer.send)
-            if answer.is_complete or body.has_ended:
-                return
-            if answer.status or not await asyncio.to_thread(_is_repeatable, scope, body.content):
-                break
-            body.rewind()
-        await answer.fail(ReplicaLost(LOST_SECONDS))
+        with _Body(receive, limit, self._bodies, answer.fail) as body:
+            for _ in range(MOST_ATTEMPTS):
+                await self._app({**scope, "headers": list(scope["headers"])}, body.receive, answer.send)
+                if answer.is_complete or body.has_ended:
+                    return
+                if answer.status or not await asyncio.to_thread(_is_repeatable, scope, body.content):
+                    break
+                body.rewind()
+            await answer.fail(ReplicaLost(LOST_SECONDS))
+
+
+@dataclass
+class _Bodies:
+    """What the proxy has received of the bodies of all requests in progress."""
+
+    num_bytes: int = 0
 
 
 class _Body:
     """The body of a request, which can be read again if it is not too long."""
 
-    def __init__(self, receive: Receive, limit: int, refuse: Callable[[], Awaitable[bool]]) -> None:
-        """Calls `refuse` if the body has more than `limit` bytes.
+    def __init__(
+        self, receive: Receive, limit: int, bodies: _Bodies, refuse: Callable[[UnfogError], Awaitable[bool]]
+    ) -> None:
+        """Calls `refuse` if the body has more than `limit` bytes, or if all `bodies` together are too long.
 
         `refuse` returns False if it is too late, because the replica has begun to answer.
         """
-        self._receive, self._limit, self._refuse = receive, limit, refuse
+        self._receive, self._limit, self._bodies, self._refuse = receive, limit, bodies, refuse
         self._messages: list[Message] | None = []  # None if the body is too long
         self._num_bytes = self._position = 0
         self._is_cut = False
         self.has_ended = False  # True if the client has left, or if the body was refused
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bodies.num_bytes -= self._num_bytes
 
     async def receive(self) -> Message:
         if self._messages is not None and self._position < len(self._messages):
@@ -99,9 +116,12 @@ class _Body:
         if self._is_cut:
             await asyncio.Future()  # Ray reads on until the client leaves or the answer is complete, and cancels this.
         message = await self._receive()
-        self._num_bytes += len(message.get("body", b""))
-        if self._num_bytes > self._limit:
-            if not await self._refuse():
+        num_bytes = len(message.get("body", b""))
+        self._num_bytes += num_bytes
+        self._bodies.num_bytes += num_bytes
+        error = self._error() if num_bytes else None
+        if error:
+            if not await self._refuse(error):
                 # For the replica, which would only discard the rest, the body ends here.
                 self._is_cut = True
                 return {"type": "http.request", "body": b"", "more_body": False}
@@ -115,6 +135,13 @@ class _Body:
             self._messages.append(message)
             self._position += 1
         return message
+
+    def _error(self) -> UnfogError | None:
+        if self._num_bytes > self._limit:
+            return BodyTooLarge(self._limit)
+        if self._bodies.num_bytes > MOST_BYTES_OF_ALL:
+            return Overloaded(BUSY_SECONDS, "The bodies of all requests need too much memory")
+        return None
 
     @property
     def content(self) -> bytes | None:
@@ -186,10 +213,14 @@ def _is_repeatable(scope: Scope, content: bytes | None) -> bool:
 
     `content` is the body, or None if it cannot be sent again.
     """
-    if content is None or scope["path"].startswith(STORED_PATHS):
+    if content is None:
+        return False
+    if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        return True
+    if scope["path"].startswith(STORED_PATHS):
         return False
     headers = Headers(scope=scope)
-    if scope["method"] in ("GET", "HEAD", "OPTIONS") or IDEMPOTENCY_KEY in headers:
+    if IDEMPOTENCY_KEY in headers:
         return True
     if headers.get("content-type", "").lower().startswith("multipart/"):
         return bool(_MULTIPART_SEED.search(content))

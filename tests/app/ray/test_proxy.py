@@ -1,8 +1,10 @@
-"""Tests the middleware of Ray's proxies with applications that behave like the proxy and the replicas."""
+"""Tests the middleware of Ray's proxies, as Ray applies it, with applications that behave like the replicas."""
 
 import asyncio
 import json
+import warnings
 from collections.abc import Awaitable, Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -10,9 +12,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.middleware.unread_body import UnreadBody
+from app.errors import UnfogError
 from app.ray import proxy
 from app.ray.proxy import LostReplicas
 
+pytestmark = pytest.mark.skipif(not find_spec("ray"), reason="needs the extra ray")
 Answer = Callable[[Scope, Receive, Send], Awaitable[None]]
 SEEDED = json.dumps({"digit": 7, "seed": 1}).encode()
 
@@ -33,14 +37,7 @@ class FakeProxy:
             if not message.get("more_body"):
                 break
         self.bodies.append(body)
-        own_id = dict(scope["headers"]).get(b"x-request-id", b"")
-
-        async def send_with_id(message: Message) -> None:  # as the proxy does
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", own_id)]
-            await send(message)
-
-        await self._answers.pop(0)(scope, receive, send_with_id)
+        await self._answers.pop(0)(scope, receive, send)
 
 
 async def dies(scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,11 +60,12 @@ def answers_itself(status: int) -> Answer:
     return PlainTextResponse("text of Ray", status)
 
 
-def chain(app: ASGIApp) -> ASGIApp:
-    """Returns the application behind the middleware, as Ray builds it."""
-    for each in reversed(proxy.middleware()):
-        app = each.cls(app)
-    return app
+def behind_middleware(app: ASGIApp) -> ASGIApp:
+    """Returns the application with the middleware, which Ray itself adds, as in its proxies."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Ray's code
+        from ray.serve._private.http_util import _apply_middlewares
+    return _apply_middlewares(app, proxy.middleware())
 
 
 async def request(
@@ -93,14 +91,14 @@ async def request(
         "path": path,
         "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
     }
-    await chain(app)(scope, receive, send)
+    await app(scope, receive, send)
     start = sent[0] if sent else {"status": 0, "headers": []}
     received = {name.decode(): value.decode() for name, value in start["headers"]}
     return start["status"], received, b"".join(message.get("body", b"") for message in sent[1:]), sent
 
 
-def run(*args: Any, **kwargs: Any) -> tuple[int, dict[str, str], bytes, list[Message]]:
-    return asyncio.run(request(*args, **kwargs))
+def run(app: ASGIApp, *args: Any, **kwargs: Any) -> tuple[int, dict[str, str], bytes, list[Message]]:
+    return asyncio.run(request(behind_middleware(app), *args, **kwargs))
 
 
 def test_answer_of_a_replica_passes_with_its_own_id_only() -> None:
@@ -121,6 +119,7 @@ def test_request_with_a_seed_is_sent_again_with_the_same_body_and_id() -> None:
     ("body", "options"),
     [
         (b"", {"method": "GET", "path": "/v1/models"}),
+        (b"", {"method": "GET", "path": "/v1/batches/batch_1"}),
         (b"{}", {"idempotency_key": "order-1"}),
         (b'{"inputs": [{"name": "digit"}, {"name": "seed", "data": [3]}]}', {"path": "/v2/models/default/infer"}),
         (
@@ -236,13 +235,37 @@ def test_body_beyond_the_limit_is_413_and_is_not_sent_further(monkeypatch: pytes
     assert run(FakeProxy(succeeds), SEEDED, path="/v1/files")[0] == 200
 
 
+def test_bodies_that_are_too_long_together_are_429_until_others_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "MOST_BYTES_OF_ALL", 2 * len(SEEDED))
+
+    async def main() -> list[tuple[int, dict[str, str], bytes, list[Message]]]:
+        end = asyncio.Event()
+
+        async def waits(scope: Scope, receive: Receive, send: Send) -> None:
+            await end.wait()
+            await succeeds(scope, receive, send)
+
+        app = behind_middleware(FakeProxy(waits, waits, dies, succeeds, succeeds))
+        first = [asyncio.create_task(request(app, SEEDED)) for _ in range(2)]
+        await asyncio.sleep(0)
+        refused = await request(app, SEEDED)
+        without_body = await request(app)
+        end.set()
+        return [refused, without_body, *await asyncio.gather(*first), await request(app, SEEDED)]
+
+    answers = asyncio.run(main())
+    assert [answer[0] for answer in answers] == [429, 200, 200, 200, 200]
+    status, headers, body, _ = answers[0]
+    assert (json.loads(body)["code"], headers["retry-after"]) == ("overloaded", "5")
+
+
 def test_answer_before_the_end_of_the_body_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The replica refuses the request and reads on, so that the client does not lose the answer."""
     monkeypatch.setattr(proxy, "MOST_BYTES", 20)
     read = []
 
     async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(b"x-request-id", b"of-replica"), (b"x-request-id", b"of the proxy")]
+        headers = [(b"x-request-id", b"of-replica")]
         await send({"type": "http.response.start", "status": 415, "headers": headers})
         await send({"type": "http.response.body", "body": b"no", "more_body": True})
         while (message := await receive())["more_body"]:
@@ -265,11 +288,11 @@ def test_ray_reads_no_more_of_a_body_whose_end_the_replica_does_not_need() -> No
         await asyncio.sleep(0)
         return {"type": "http.request", "body": b"1234", "more_body": True}
 
-    async def too_late() -> bool:
+    async def too_late(error: UnfogError) -> bool:
         return False
 
     async def main() -> list[Message]:
-        body = proxy._Body(endless, 5, too_late)
+        body = proxy._Body(endless, 5, proxy._Bodies(), too_late)
         messages = [await body.receive(), await body.receive()]
         further = asyncio.create_task(body.receive())
         for _ in range(100):
@@ -297,7 +320,7 @@ def test_client_receives_the_413_before_the_connection_is_closed(monkeypatch: py
         if message["type"] == "http.response.body" and not message.get("more_body"):
             unread_at_the_end.append(len(pieces))
 
-    app = chain(FakeProxy(dies))
+    app = behind_middleware(FakeProxy(dies))
     scope = {"type": "http", "method": "POST", "path": "/generate", "headers": [(b"transfer-encoding", b"chunked")]}
     asyncio.run(app(scope, receive, send))
     assert (sent[0]["status"], dict(sent[0]["headers"])[b"connection"]) == (413, b"close")
@@ -341,4 +364,4 @@ def test_other_protocols_pass() -> None:
 
 
 def test_ray_loads_the_middleware() -> None:
-    assert [each.cls for each in proxy.middleware()] == [UnreadBody, LostReplicas]
+    assert [each.cls for each in proxy.middleware()] == [LostReplicas, UnreadBody]

@@ -46,8 +46,9 @@ def test_number_of_replicas_follows_the_images(images: tuple[float, ...], replic
     assert ImagesPerReplica(16)(context) == (replicas, {})
 
 
-def test_without_figures_no_replica_is_wanted() -> None:
+@pytest.mark.parametrize("figures", [None, {}, {"images": {}}])
+def test_without_figures_the_number_of_replicas_stays(figures: Any) -> None:
     from app.ray.autoscaling import ImagesPerReplica
 
-    context: Any = type("Context", (), {"aggregated_metrics": None})()
-    assert ImagesPerReplica(16)(context) == (0, {})
+    context: Any = type("Context", (), {"aggregated_metrics": figures, "target_num_replicas": 3})()
+    assert ImagesPerReplica(16)(context) == (3, {})
