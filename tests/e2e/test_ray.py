@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import select
 import signal
 import socket
@@ -11,8 +10,8 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -230,17 +229,25 @@ def test_rolling_redeploy_under_load_loses_no_request(cluster: RayCluster) -> No
 @pytest.mark.slow  # it starts a replica again
 def test_full_replica_and_full_proxy_are_429(cluster: RayCluster, through_ray: Service) -> None:
     old = frozenset(each["replica_id"] for each in cluster.replicas())
-    limits = {"max_ongoing_requests": 3, "max_queued_requests": 1}
-    cluster.deploy(1, variables=SHARED | {"UNFOG_QUEUE_CAPACITY": "64"}, **limits)
+    limits = {"max_ongoing_requests": 3, "max_queued_requests": 2}
+    cluster.deploy(1, variables=SHARED | {"UNFOG_QUEUE_CAPACITY": "64", "UNFOG_MAX_BATCH": "1"}, **limits)
     cluster.wait_until_running(1, without=old)
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: through_ray.post(LONG | {"count": 64}), range(8)))
-    refused = [answer for answer in answers if answer.status_code != 200]
-    assert len(refused) < 8
-    for answer in refused:
-        assert_problem(answer, 429, "overloaded")
-    reasons = {re.split(r" \(|\.", answer.json()["detail"])[0] for answer in refused}
-    assert reasons == {"The queue has no room for this request", "All replicas are busy"}
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(through_ray.post, LONG | {"count": 64})
+        through_ray.wait_until_running()
+        refused = through_ray.post(LONG | {"count": 64})
+        assert_problem(refused, 429, "overloaded")
+        assert refused.json()["detail"].startswith("The queue has no room for this request")
+        assert first.result().status_code == 200
+        with ExitStack() as viewers:  # They are requests that do not end.
+            streams = [viewers.enter_context(through_ray.client.stream("GET", "/events/batch")) for _ in range(3)]
+            lines = [stream.iter_lines() for stream in streams]  # An iterator that is deleted closes its connection.
+            assert [next(each) for each in lines] == 3 * ["event: batch"]
+            others = [pool.submit(through_ray.post, {"digit": 1}) for _ in range(3)]
+            refused = next(as_completed(others)).result()
+        assert_problem(refused, 429, "overloaded")
+        assert refused.json()["detail"].startswith("All replicas are busy")
+        assert sorted(each.result().status_code for each in others) == [200, 200, 429]
 
 
 @pytest.mark.slow
