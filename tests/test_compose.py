@@ -103,6 +103,13 @@ def test_haproxy_has_as_much_time_to_stop_as_the_replicas_and_stops_with_them() 
     assert "depends_on" not in ADDED["haproxy"]  # it would stop first, and the replicas would not drain meanwhile
 
 
+def test_buffers_of_all_connections_fit_into_the_memory_of_haproxy() -> None:
+    config = (ROOT / "deploy" / "haproxy" / "haproxy.cfg").read_text()
+    bufsize, maxconn = (int(each) for each in re.findall(r"^ +(?:tune\.bufsize|maxconn) (\d+)", config, re.MULTILINE))
+    of_connection = 2 * 2 * bufsize  # a request and a response, between the client and HAProxy and behind it
+    assert maxconn * of_connection < 0.75 * 2**20 * int(ADDED["haproxy"]["mem_limit"].removesuffix("m"))
+
+
 def test_every_replica_with_a_gpu_has_another_one_and_otherwise_the_same_settings() -> None:
     services = yaml.load(with_defaults((ROOT / "docker-compose.gpus.yml").read_text()), Loader)["services"]
     devices = [each["deploy"]["resources"]["reservations"]["devices"] for each in services.values()]
