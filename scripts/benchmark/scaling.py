@@ -75,7 +75,12 @@ def inputs_in(results: Path) -> Inputs:
         "process_images_of_64": measured(
             "images that a process can answer in requests of 64", of_many, "images/s", "`bench host`, the same"
         ),
-        "haproxy_seconds": measured("processor time of HAProxy", haproxy, "s a request", replicas),
+        "haproxy_seconds": measured(
+            "processor time of HAProxy",
+            haproxy,
+            "s a request",
+            f"{replicas}, with a short configuration that does not repeat requests, at 48 requests/s",
+        ),
         "bytes_head": measured("head of an answer", sizes["head"], "bytes", replicas),
         "bytes_png": measured("a PNG", sizes["png"], "bytes", replicas),
         "bytes_events": measured("events of a stream without previews", sizes["events"], "bytes", replicas),
