@@ -255,7 +255,7 @@ def test_bodies_that_are_too_long_together_are_429_until_others_end(monkeypatch:
 
     answers = asyncio.run(main())
     assert [answer[0] for answer in answers] == [429, 200, 200, 200, 200]
-    status, headers, body, _ = answers[0]
+    _, headers, body, _ = answers[0]
     assert (json.loads(body)["code"], headers["retry-after"]) == ("overloaded", "5")
 
 
