@@ -10,7 +10,7 @@ import pytest
 
 from scripts.benchmark.replicas import COLUMNS, SHARES, Inputs, errors_of, simulate, table_of
 from scripts.benchmark.routers import ROUTERS
-from scripts.benchmark.routing import DEADLINE, MIX, NUM_REPLICAS, OF_MIX, model_of
+from scripts.benchmark.routing import DEADLINE, MIX, NUM_REPLICAS, OF_MIX, SEEDS, model_of
 from scripts.benchmark.routing import tables_of as routing_tables
 from scripts.benchmark.scaling import break_even, bytes_of_image, figure, inputs_in, process_rate
 from scripts.benchmark.scaling import tables_of as scaling_tables
@@ -29,13 +29,24 @@ LARGEST_ERROR = 0.15
 
 def latency(router: str, count: str, num_replicas: int, share: float, seconds: float = 0.0, name: str = "p95") -> float:
     """Returns a percentile of the latency of the requests for `count` images. The reports are `seconds` old."""
+    found: float = row_of(router, num_replicas, share, seconds)["latencies"][count][name]
+    return found
+
+
+def latencies_of_seeds(router: str, count: str, num_replicas: int, share: float) -> list[float]:
+    """The 95th percentiles of the single simulations, with present numbers of images."""
+    found: list[float] = row_of(router, num_replicas, share, 0.0)["p95_of_seeds"][count]
+    return found
+
+
+def row_of(router: str, num_replicas: int, share: float, seconds: float) -> Mapping[str, Any]:
     (row,) = (
         row
         for row in ROUTING["rows"]
         if (row["load"], row["router"], row["num_replicas"]) == (MIX, router, num_replicas)
         and (row["share"], row["report_seconds"]) == (share, seconds)
     )
-    found: float = row["latencies"][count][name]
+    found: Mapping[str, Any] = row
     return found
 
 
@@ -95,7 +106,7 @@ def test_routers_are_compared_with_the_measured_replica() -> None:
 @pytest.mark.parametrize(("num_replicas", "share"), list(itertools.product(NUM_REPLICAS, (0.7, 0.9, 0.95))))
 def test_least_connections_is_the_best_rule_for_small_requests(num_replicas: int, share: float) -> None:
     others = {name: latency(name, "1", num_replicas, share) for name in ROUTERS if name != "least connections"}
-    if num_replicas == 64:
+    if (num_replicas, share) == (64, 0.7):
         del others["least images"]
     assert latency("least connections", "1", num_replicas, share) <= 1.1 * min(others.values())
     if num_replicas > 2:
@@ -116,6 +127,12 @@ def test_routing_by_images_helps_large_requests_and_delays_small_ones() -> None:
     assert after["64"] < before["64"] and after["1"] > before["1"]
     assert f"64 images from {before['64']:.1f} s to {after['64']:.1f} s" in DOCUMENT.text
     assert f"one image from {before['1']:.2f} s to {after['1']:.2f} s" in DOCUMENT.text
+    pairs = {
+        count: [latencies_of_seeds(router, count, 8, 0.9) for router in ("least connections", "least images")]
+        for count in ("1", "64")
+    }
+    assert all(by_images < by_requests for by_requests, by_images in zip(*pairs["64"], strict=True))
+    assert all(by_images > by_requests for by_requests, by_images in zip(*pairs["1"], strict=True))
 
 
 def test_old_numbers_of_images_do_not_help_small_requests() -> None:
@@ -135,8 +152,33 @@ def test_with_deadlines_routing_by_images_avoids_most_refusals() -> None:
         assert refused["least images", share] <= 0.5 * refused["least connections", share]
 
 
-def test_nothing_is_refused_below_the_capacity_without_short_deadlines() -> None:
-    assert {row["refused"] for row in ROUTING["rows"] if row["load"] == MIX} == {0.0}
+def test_refused_requests_are_large_ones() -> None:
+    of_least_connections = [
+        row["refused_by_images"]
+        for row in ROUTING["rows"]
+        if (row["load"], row["router"]) == (DEADLINE, "least connections")
+    ]
+    assert len(of_least_connections) == 2
+    for refused in of_least_connections:
+        assert refused["64"] == sum(refused.values()) > 0
+
+
+def test_text_says_how_much_the_95th_percentiles_differ_between_seeds() -> None:
+    rows = [row for row in ROUTING["rows"] if row["load"] == MIX and (row["share"] == 0.9 or row["num_replicas"] == 8)]
+    assert {len(row["p95_of_seeds"]["1"]) for row in rows} == {len(SEEDS)}
+    assert min(row["requests"] for row in rows) >= 0.9 * len(SEEDS) * ROUTING["requests"]  # the number varies with the seed
+    of_one, of_many = (
+        max(abs(p95 / row["latencies"][count]["p95"] - 1) for row in rows for p95 in row["p95_of_seeds"][count])
+        for count in ("1", "64")
+    )
+    text = " ".join(DOCUMENT.text.split())
+    assert f"differs by up to {of_one:.0%} for 1 image and by up to {of_many:.0%} for 64 images" in text
+
+
+def test_almost_nothing_is_refused_below_the_capacity_without_short_deadlines() -> None:
+    most = max(row["refused"] for row in ROUTING["rows"] if row["load"] == MIX)
+    assert 0 < most <= 0.0001
+    assert "At most 0.01% of the requests of these loads were refused." in DOCUMENT.text
 
 
 def test_prices_are_assumptions_and_figures_of_gpus_are_estimates() -> None:

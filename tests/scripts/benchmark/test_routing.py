@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def test_model_has_the_measured_inputs() -> None:
 
 
 def test_mix_has_its_shares_and_its_rate() -> None:
-    found = list(itertools.islice(arrivals_of(MIX, 20, 50.0), 20_000))
+    found = list(itertools.islice(arrivals_of(MIX, 20, 50.0, 1), 20_000))
     counts = Counter(arrival.request.count for arrival in found)
     assert {count: counts[count] / 20_000 for count in counts} == pytest.approx(LOADS[MIX], rel=0.1)
     assert found[-1].at == pytest.approx(20_000 / 50.0, rel=0.03)
@@ -35,6 +36,7 @@ def test_each_load_has_every_share_of_its_requests() -> None:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the simulations short."""
     monkeypatch.setattr(routing, "LEAST_SECONDS", 5.0)
+    monkeypatch.setattr(routing, "SEEDS", (1,))
 
 
 @pytest.mark.usefixtures("short")
@@ -83,6 +85,19 @@ class SameProcess:
 
 
 @pytest.mark.usefixtures("short")
+def test_figures_are_those_of_all_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, found = Case(MIX, 2, 0.9, "random", 0.0), list[dict[str, Any]]()
+    for seeds in ((1,), (2,), (1, 2)):
+        monkeypatch.setattr(routing, "SEEDS", seeds)
+        found.append(result_of(case, MODEL, 5, 400))
+    first, second, both = found
+    assert both["requests"] == first["requests"] + second["requests"]
+    p95s = [row["latencies"]["1"]["p95"] for row in found]
+    assert min(p95s[:2]) < p95s[2] < max(p95s[:2])
+    assert both["p95_of_seeds"]["1"] == p95s[:2]
+
+
+@pytest.mark.usefixtures("short")
 def test_result_is_the_same_in_every_run() -> None:
     case = Case(MIX, 2, 0.9, "least images", 0.1)
     assert result_of(case, MODEL, 5, 200) == result_of(case, MODEL, 5, 200)
@@ -90,5 +105,8 @@ def test_result_is_the_same_in_every_run() -> None:
 
 @pytest.mark.usefixtures("short")
 def test_requests_that_would_miss_their_deadline_are_refused() -> None:
-    refused = {load: result_of(Case(load, 2, 0.95, "random", 0.0), MODEL, 20, 1000)["refused"] for load in LOADS}
+    rows = {load: result_of(Case(load, 2, 0.95, "random", 0.0), MODEL, 20, 1000) for load in LOADS}
+    refused = {load: row["refused"] for load, row in rows.items()}
     assert refused[DEADLINE] > 0 == refused[SINGLE] == refused[MIX]
+    by_images = rows[DEADLINE]["refused_by_images"]
+    assert sum(by_images.values()) == pytest.approx(refused[DEADLINE] * rows[DEADLINE]["requests"])
