@@ -166,7 +166,8 @@ def test_refused_requests_are_large_ones() -> None:
 def test_text_says_how_much_the_95th_percentiles_differ_between_seeds() -> None:
     rows = [row for row in ROUTING["rows"] if row["load"] == MIX and (row["share"] == 0.9 or row["num_replicas"] == 8)]
     assert {len(row["p95_of_seeds"]["1"]) for row in rows} == {len(SEEDS)}
-    assert min(row["requests"] for row in rows) >= 0.9 * len(SEEDS) * ROUTING["requests"]  # the number varies with the seed
+    usual = len(SEEDS) * ROUTING["requests"]
+    assert min(row["requests"] for row in rows) >= 0.9 * usual  # arrivals are random
     of_one, of_many = (
         max(abs(p95 / row["latencies"][count]["p95"] - 1) for row in rows for p95 in row["p95_of_seeds"][count])
         for count in ("1", "64")
