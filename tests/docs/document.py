@@ -13,8 +13,9 @@ Row = dict[str, str]  # column heading -> cell
 
 @dataclass(frozen=True)
 class Example:
-    """A fenced code block. `output` is the block that directly follows it, if there is one."""
+    """A fenced code block of a document. `output` is the block that directly follows it, if there is one."""
 
+    document: str
     line: int
     language: str
     text: str
@@ -25,7 +26,7 @@ class Document:
     """A document in docs/."""
 
     def __init__(self, name: str) -> None:
-        self.text = (DOCS / name).read_text()
+        self.name, self.text = name, (DOCS / name).read_text()
         self._lines = self.text.splitlines()
         self._examples = self._read_examples()
 
@@ -52,7 +53,7 @@ class Document:
         for match in reversed(list(_FENCE.finditer(self.text))):
             line = self.text.count("\n", 0, match.start()) + 1
             has_output = self.text.startswith("```", match.end())
-            found.insert(0, Example(line, match[1], match[2], found[0] if has_output else None))
+            found.insert(0, Example(self.name, line, match[1], match[2], found[0] if has_output else None))
         return found
 
 

@@ -1,5 +1,6 @@
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import os
@@ -54,6 +55,9 @@ from tests.e2e.conftest import start_service
 from tests.e2e.service import EVENTS, PNG, Service, open_png
 
 API = Document("api.md")
+OPENAI = Document("openai.md")
+INFERENCE = Document("open-inference.md")
+REFERENCES = [API, OPENAI, INFERENCE]
 BASE_URL = "http://127.0.0.1:8000"
 OPENAPI: dict[str, Any] = create_app(Settings()).openapi()
 SCHEMAS: dict[str, Any] = OPENAPI["components"]["schemas"]
@@ -62,19 +66,32 @@ ORIGIN = "https://example.com"
 BODY = {"digit": 7, "num_steps": 3, "seed": 1}
 INFER_PATH = "/v2/models/{name}/infer"
 BINARY_REQUEST = REQUESTS[INFER_PATH]["binary"]
-CURL = [example for example in API.examples("bash") if "curl" in example.text]
-PYTHON = API.examples("python")
+CURL = [example for each in REFERENCES for example in each.examples("bash") if "curl" in example.text]
+PYTHON = [example for each in REFERENCES for example in each.examples("python")]
 
 needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 
 
 def by_line(example: Example) -> str:
-    return f"line-{example.line}"
+    return f"{example.document}-line-{example.line}"
 
 
 def by(column: str, rows: list[Row]) -> dict[str, Row]:
     """Returns the rows by the text between backticks in this column. A cell with several codes gives several keys."""
     return {code: row for row in rows for code in codes(row[column])}
+
+
+def types_in(rows: list[Row]) -> dict[str, str]:
+    """Returns the type of each field of a table. A row describes one field, or several fields of one type."""
+    return {field: row["Type"] for field, row in by("Field", rows).items()}
+
+
+def events_of(rows: list[Row]) -> dict[str, dict[str, str]]:
+    """Returns the types of the fields of each event of a table."""
+    events: dict[str, dict[str, str]] = {}
+    for row in rows:
+        events.setdefault(row["Event"].strip("`"), {}).update(types_in([row]))
+    return events
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +102,9 @@ def service() -> Iterator[Service]:
 
 
 # Routes
+
+LIMITED_ROUTES = by("Route", API.table("Routes", "Route"))
+OPEN_ROUTES = by("Open route", API.table("Routes", "Open route"))
 
 
 def test_contents_have_the_order_of_the_document() -> None:
@@ -103,18 +123,19 @@ def test_route_table_has_exactly_the_routes_of_the_application() -> None:
         if isinstance(route, Route)
     ]
     served = {f"{method} {route.path}" for route in routes for method in (route.methods or set()) - {"HEAD"}}
-    assert set(by("Route", API.table("Routes", "Route"))) == served
+    assert {*LIMITED_ROUTES, *OPEN_ROUTES} == served
+    assert len(LIMITED_ROUTES) + len(OPEN_ROUTES) == len(served)
 
 
-@pytest.mark.parametrize("row", API.table("Routes", "Route"), ids=lambda row: str(row["Route"]))
-def test_route_table_states_which_routes_need_a_key_or_are_rate_limited(row: Row) -> None:
-    method, path = codes(row["Route"])[0].replace("{name}", "default" if "/v2/" in row["Route"] else "main.js").split()
+@pytest.mark.parametrize("route", [*LIMITED_ROUTES, *OPEN_ROUTES])
+def test_only_routes_of_the_first_table_need_a_key_and_are_rate_limited(route: str) -> None:
+    method, path = route.replace("{name}", "default" if "/v2/" in route else "main.js").split()
 
     async def check(client: httpx.AsyncClient) -> None:
         response = await client.request(method, path)
-        assert (response.status_code == 401) == row["API key"].startswith("required")
+        assert (response.status_code == 401) == (route in LIMITED_ROUTES)
         is_limited = [(await client.request(method, path)).status_code for _ in range(3)][-1] == 429
-        assert is_limited == (row["Rate limit"] == "counts")
+        assert is_limited == (route in LIMITED_ROUTES)
         assert (await client.head(path)).status_code == (429 if is_limited else 200)
 
     run(check, FakeRunner(), api_keys=KEY, rate_limit="3/hour")
@@ -191,16 +212,16 @@ def check_parameter(row: Row, schema: dict[str, Any], *, required: bool) -> None
 
 def test_tables_of_infer_have_every_parameter_and_field() -> None:
     parameters, fields = (SCHEMAS[f"Inference{name}"]["properties"] for name in ("Parameters", "Request"))
-    rows = by("Parameter", API.table("Inference requests", "Parameter"))
+    rows = by("Parameter", INFERENCE.table("Inference requests", "Parameter"))
     assert set(rows) == set(parameters)
     for name, schema in parameters.items():
         if name != "binary_data_output":
             check_parameter(rows[name], schema, required=False)
-    assert set(by("Field", API.table("Inference requests", "Field"))) == set(fields)
+    assert set(by("Field", INFERENCE.table("Inference requests", "Field"))) == set(fields)
 
 
 def test_documented_body_with_binary_tensors_has_the_lengths_of_its_headers() -> None:
-    (block,) = re.findall(r"```text\n(POST .*?)```", API.section("Binary tensors"), re.DOTALL)
+    (block,) = re.findall(r"```text\n(POST .*?)```", INFERENCE.section("Binary tensors"), re.DOTALL)
     head, body = block.rstrip("\n").split("\n\n")
     text = body.removesuffix("<16 bytes>")
     assert f"Inference-Header-Content-Length: {len(text)}\nContent-Length: {len(text) + 16}" in head
@@ -263,31 +284,34 @@ def test_format_table_lists_the_formats_by_preference() -> None:
         ("JSON", "GenerateResponse"),
         ("GET /models", "Models"),
         ("GET /health", "Health"),
-        ("GET /livez", "Liveness"),
-        ("GET /readyz", "Readiness"),
         ("Errors", "Problem"),
     ],
 )
 def test_field_table_has_exactly_the_fields_of_its_schema(heading: str, schema: str) -> None:
-    documented = {codes(row["Field"])[0]: row["Type"] for row in API.table(heading, "Field")}
-    assert documented == fields_of(SCHEMAS[schema])
+    assert types_in(API.table(heading, "Field")) == fields_of(SCHEMAS[schema])
+
+
+@pytest.mark.parametrize(("heading", "schema"), [("GET /livez", "Liveness"), ("GET /readyz", "Readiness")])
+def test_bodies_of_a_probe_are_documented(heading: str, schema: str) -> None:
+    bodies = [json.loads(code) for code in codes(API.section(heading)) if code.startswith("{")]
+    (field,) = SCHEMAS[schema]["properties"]
+    assert bodies == [{field: True}, {field: False}]
 
 
 @pytest.mark.parametrize("path", ["/recognize", "/score"])
 def test_field_table_of_a_route_without_images_has_exactly_the_fields_of_its_schema(path: str) -> None:
-    documented = {codes(row["Field"])[0]: row["Type"] for row in response_table(f"POST {path}")}
-    assert documented == fields_of(SCHEMAS[f"{path[1:].title()}Response"])
+    assert types_in(response_table(f"POST {path}")) == fields_of(SCHEMAS[f"{path[1:].title()}Response"])
 
 
 @pytest.mark.parametrize("path", [path for path in PICTURE_TASKS if path != "/recognize"])
 def test_tables_of_responses_with_images_have_exactly_the_fields_of_the_schema(path: str) -> None:
-    generated = {codes(row["Field"])[0]: row["Type"] for row in API.table("JSON", "Field")}
     generated = {
-        name: kind for name, kind in generated.items() if not name.startswith(("clip", "warning", "labels", "noise"))
+        name: kind
+        for name, kind in types_in(API.table("JSON", "Field")).items()
+        if not name.startswith(("clip", "warning", "labels", "noise"))
     }
     rows = [row for row in response_table("Common behaviour") if row["In"] in ("every route", f"`{path}`")]
-    documented = {codes(row["Field"])[0]: row["Type"] for row in rows}
-    assert generated | documented == fields_of(SCHEMAS[f"{path[1:].title()}Response"])
+    assert generated | types_in(rows) == fields_of(SCHEMAS[f"{path[1:].title()}Response"])
 
 
 def response_table(heading: str) -> list[Row]:
@@ -296,8 +320,7 @@ def response_table(heading: str) -> list[Row]:
 
 
 def test_field_table_of_reproduce_has_exactly_the_further_fields_of_its_schema() -> None:
-    generated = {codes(row["Field"])[0]: row["Type"] for row in API.table("JSON", "Field")}
-    documented = {codes(row["Field"])[0]: row["Type"] for row in response_table("POST /reproduce")}
+    generated, documented = types_in(API.table("JSON", "Field")), types_in(response_table("POST /reproduce"))
     assert generated | documented == fields_of(SCHEMAS["ReproduceResponse"])
 
 
@@ -345,10 +368,10 @@ def test_absent_class_has_the_documented_effect() -> None:
     ("heading", "models"), [("Event stream", STREAM.events), ("GET /events/batch", BATCH_STREAM.events)]
 )
 def test_event_table_has_exactly_the_fields_of_each_event(heading: str, models: dict[str, type[BaseModel]]) -> None:
-    documented: dict[str, dict[str, str]] = {}
-    for row in API.table(heading, "Event"):
-        documented.setdefault(row["Event"].strip("`"), {})[row["Field"].strip("`")] = row["Type"]
-    assert documented == {name: fields_of(SCHEMAS[model.__name__]) for name, model in models.items()}
+    fields = {name: fields_of(SCHEMAS[model.__name__]) for name, model in models.items()}
+    assert "[problem document](#errors)" in API.section(heading)
+    assert fields.pop("error") == fields_of(SCHEMAS["Problem"])
+    assert events_of(API.table(heading, "Event")) == fields
 
 
 def test_documented_rate_and_limits_of_the_stream_of_batches_are_those_of_the_code() -> None:
@@ -478,10 +501,9 @@ def test_idempotency_section_states_the_seed_the_keys_and_the_routes() -> None:
             assert bool(keys) == (f"`{path}`" in text), path
             for key in keys:
                 assert f"{key['minLength']} to {key['maxLength']} printable ASCII characters" in text
-    (program,) = (example for example in PYTHON if "import hashlib" in example.text)
     key = re.findall(r"Idempotency-Key: ([^']+)'", text)[0]
-    done = subprocess.run([sys.executable, "-c", program.text], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == idempotency.seed_of(key)
+    (formula,) = re.findall(r"in Python, `([^`]+)`", text)
+    assert eval(formula, {"hashlib": hashlib, "key": key.encode()}) == idempotency.seed_of(key)
 
 
 def test_documented_limit_of_a_text_chunk_is_that_of_the_code() -> None:
@@ -594,9 +616,8 @@ def test_every_documented_setting_exists() -> None:
 
 
 def test_metrics_table_has_exactly_the_existing_metrics_with_types_and_labels() -> None:
-    documented = {
-        codes(row["Metric"])[0]: (row["Type"], set(codes(row["Labels"]))) for row in API.table("Metrics", "Metric")
-    }
+    rows = by("Metric", API.table("Metrics", "Metric"))
+    documented = {metric: (row["Type"], set(codes(row["Labels"]))) for metric, row in rows.items()}
     found: dict[str, tuple[str, set[str]]] = {}
 
     async def check(client: httpx.AsyncClient) -> None:
@@ -676,7 +697,7 @@ def events_in(text: str) -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize("example", PYTHON, ids=by_line)
 def test_python_example_compiles(example: Example) -> None:
-    compile(example.text, f"docs/api.md, line {example.line}", "exec")
+    compile(example.text, by_line(example), "exec")
 
 
 @pytest.mark.parametrize("example", PYTHON, ids=by_line)
@@ -691,8 +712,9 @@ def test_python_example_runs(service: Service, seven: bytes, example: Example, t
 
 
 def test_packages_of_python_examples_have_an_install_command() -> None:
-    packages = {"PIL": "pillow", **dict.fromkeys(("numpy", "tritonclient"), '"tritonclient[http]"')}
+    packages = dict.fromkeys(("numpy", "tritonclient"), '"tritonclient[http]"')
+    texts = {each.name: each.text for each in REFERENCES}
     for example in PYTHON:
         imported = set(re.findall(r"^(?:from|import) (\w+)", example.text, re.MULTILINE)) - sys.stdlib_module_names
         for package in imported:
-            assert f"`pip install {packages.get(package, package)}`" in API.text
+            assert f"`pip install {packages.get(package, package)}`" in texts[example.document]

@@ -1,4 +1,4 @@
-"""Tests the section about the OpenAI Images API in docs/api.md. test_api_document.py runs its examples."""
+"""Tests docs/openai.md. test_api_document.py runs its examples."""
 
 import re
 from typing import Any
@@ -14,12 +14,12 @@ from app.api.openai.schemas import UNSUPPORTED
 from model.prompts import DIGIT_WORDS
 from tests.app.api.examples import OPERATIONS
 from tests.app.test_errors import EVERY_ERROR
-from tests.docs.document import Row, codes
-from tests.docs.test_api_document import API, SCHEMAS, by, fields_of
+from tests.docs.document import Row, codes, tables_in
+from tests.docs.test_api_document import OPENAI, SCHEMAS, by, events_of, fields_of, types_in
 
 REQUESTS = {"/v1/images/generations": "ImageGenerationRequest", "/v1/images/edits": "ImageEditRequest"}  # schemas
-OWN = by("Field", API.table(f"POST {GENERATIONS_PATH}", "Field", "Default"))
-EDIT = OWN | by("Field", API.table(f"POST {EDITS_PATH}", "Field", "Default"))
+OWN = by("Field", OPENAI.table(f"POST {GENERATIONS_PATH}", "Field", "Default"))
+EDIT = OWN | by("Field", OPENAI.table(f"POST {EDITS_PATH}", "Field", "Default"))
 
 
 @pytest.mark.parametrize(("path", "rows"), [(GENERATIONS_PATH, OWN), (EDITS_PATH, EDIT)])
@@ -43,7 +43,7 @@ def test_tables_have_every_field_with_its_type_default_and_limits(path: str, row
 
 
 def test_ignored_and_refused_fields_are_named() -> None:
-    generation, edit = API.section(f"POST {GENERATIONS_PATH}"), API.section(f"POST {EDITS_PATH}")
+    generation, edit = OPENAI.section(f"POST {GENERATIONS_PATH}"), OPENAI.section(f"POST {EDITS_PATH}")
     (sentence,) = re.findall(r"The fields (.*) are ignored, whatever", generation)
     for path, named in (
         (GENERATIONS_PATH, set(codes(sentence))),
@@ -61,7 +61,7 @@ def test_names_of_openai_models_are_those_of_the_code() -> None:
 
 def test_strength_of_an_edit_is_the_default() -> None:
     default = EditRequest.model_fields["strength"].default
-    assert f"the `strength` {default}." in API.section(f"POST {EDITS_PATH}")
+    assert f"the `strength` {default}." in OPENAI.section(f"POST {EDITS_PATH}")
 
 
 @pytest.mark.parametrize(
@@ -73,21 +73,21 @@ def test_strength_of_an_edit_is_the_default() -> None:
     ],
 )
 def test_field_table_has_exactly_the_fields_of_its_schema(heading: str, schema: str) -> None:
-    tables = re.findall(r"^\| Field \| Type \| Meaning \|\n(?:\|.*\n?)+", API.section(heading), re.MULTILINE)
-    (rows,) = [re.findall(r"^\| `([^`]+)` \| (\w+) \|", table, re.MULTILINE) for table in tables]
-    assert dict(rows) == fields_of(SCHEMAS[schema])
+    (rows,) = (table for table in tables_in(OPENAI.section(heading)) if [*table[0]] == ["Field", "Type", "Meaning"])
+    assert types_in(rows) == fields_of(SCHEMAS[schema])
 
 
 def test_event_table_has_exactly_the_fields_of_each_event() -> None:
-    documented: dict[str, dict[str, str]] = {}
-    for row in API.table("Image events", "Event"):
-        documented.setdefault(row["Event"].strip("`"), {})[row["Field"].strip("`")] = row["Type"]
+    documented = events_of(OPENAI.table("Image events", "Event"))
+    both = documented.pop("both")
     stream = OPERATIONS[GENERATIONS_PATH].stream
     assert stream
-    assert documented == {name: fields_of(SCHEMAS[model.__name__]) for name, model in stream.events.items()}
+    fields = {name: fields_of(SCHEMAS[model.__name__]) for name, model in stream.events.items()}
+    assert fields.pop("error") == fields_of(SCHEMAS["OpenAIError"])
+    assert {name: both | own for name, own in documented.items()} == fields
 
 
-@pytest.mark.parametrize("row", API.table("Prompt", "Prompt"), ids=lambda row: str(row["Prompt"]))
+@pytest.mark.parametrize("row", OPENAI.table("Prompt", "Prompt"), ids=lambda row: str(row["Prompt"]))
 def test_prompt_of_the_table_names_its_digit_or_is_refused(row: Row) -> None:
     (prompt,) = codes(row["Prompt"])
     if row["Digit"].isdigit():
@@ -100,7 +100,7 @@ def test_prompt_of_the_table_names_its_digit_or_is_refused(row: Row) -> None:
 
 
 def test_names_of_numbers_are_documented() -> None:
-    named = set(codes(API.section("Prompt").split("These words are numbers")[1].split("in any case")[0]))
+    named = set(codes(OPENAI.section("Prompt").split("These words are numbers")[1].split("in any case")[0]))
     powers = {"hundred", "thousand", "million", "billion", "trillion"}
     assert named == {"zero", "nineteen", "twenty", "thirty", "ninety", "dozen"} | powers
     assert len(OTHER_NAMES) == 10 + 8 + 6
@@ -108,7 +108,7 @@ def test_names_of_numbers_are_documented() -> None:
 
 
 def test_types_of_errors_are_documented() -> None:
-    rows = by("Field", API.table("Errors in the format of OpenAI", "Field"))
+    rows = by("Field", OPENAI.table("Errors in the format of OpenAI", "Field"))
     types = {openai_error(error)["type"] for error, _, _ in EVERY_ERROR}
     assert types == set(codes(rows["error.type"]["Meaning"]))
     for status, kind in OPENAI_TYPES.items():
