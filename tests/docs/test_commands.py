@@ -8,8 +8,9 @@ import pytest
 from scripts.training.recipe import load_recipe
 from tests.docs.markdown import ROOT, blocks, commands
 
-NAMES = ("training", "evaluation", "ablations", "model-card", "benchmarks", "scaling")
-DOCUMENTS = tuple(f"docs/{name}.md" for name in NAMES)
+NAMES = ("training", "evaluation", "evaluate", "datasets", "model-card", "benchmarks", "scaling")
+NOTES = ("ablations", "speed", "clip-guidance")
+DOCUMENTS = (*(f"docs/{name}.md" for name in NAMES), *(f"docs/results/notes/{name}.md" for name in NOTES))
 PREFIX = "python -m scripts."
 TRACKED_FOLDERS = ("docs/", "model/", "scripts/")
 

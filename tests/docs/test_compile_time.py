@@ -22,5 +22,5 @@ def test_every_file_states_the_same_time_for_compiling_gpu_kernels() -> None:
 
 def test_every_document_states_the_same_time_for_compiling_on_a_cpu() -> None:
     stated = found(ON_A_CPU)
-    assert {"README.md", "docs/configuration.md", "docs/operations.md", "docs/evaluation.md"} <= set(stated)
+    assert {"README.md", "docs/configuration.md", "docs/operations.md", "docs/evaluate.md"} <= set(stated)
     assert {time for times in stated.values() for time in times} == {"30 to 60"}

@@ -50,7 +50,7 @@ EARLIER = (
 # These figures were measured with the weights of release 0.1.0, as the documents say.
 EARLIER_WEIGHTS = "e723f8daea0c30f6b1c3a3341149ef1aa52cca01cae127d2ce7a4eb980a7b6f7"
 EARLIER_EXTRACTOR = "0890a7eed8727647a82822ac9be2e816fb8e1b3f98c702b96a645551fed9774b"
-WITHOUT_DATA = ("Norms, activations and sizes",)  # sections of ablations.md without JSON files
+WITHOUT_DATA = ("Norms, activations and sizes",)  # sections of the notes without JSON files
 MACHINE_NAMES = {"xeon": "Xeon with AMX", "epyc": "EPYC, Zen 4", "zen5": "EPYC, Zen 5"}
 SPEED = {  # row of the speed tables -> load and column in the results
     "latency of one image, idle service, s": ("1 x 1 image", "p50, s"),
@@ -95,9 +95,11 @@ LADDER = RESULTS / "benchmarks" / "zen5" / "models.json"
 EVALUATIONS = sorted((RESULTS / "ablations").rglob("evaluation.json"))
 SWEEPS = sorted({*RESULTS.rglob("guidance.json"), *RESULTS.rglob("steps.json")})
 MACHINES = sorted(path for path in (RESULTS / "benchmarks").iterdir() if path.is_dir())
-ABLATIONS = (DOCS / "ablations.md").read_text("utf-8")
+NOTES = RESULTS / "notes"
+ABLATIONS = (NOTES / "ablations.md").read_text("utf-8")
 EVALUATION = (DOCS / "evaluation.md").read_text("utf-8")
-CLIP_GUIDANCE = EVALUATION.split("\n## CLIP guidance\n")[1].split("\n## ")[0]
+DATA_SETS = (DOCS / "datasets.md").read_text("utf-8")
+CLIP_GUIDANCE = (NOTES / "clip-guidance.md").read_text("utf-8")
 
 
 def named(paths: list[Path]) -> list[str]:
@@ -160,7 +162,7 @@ def test_served_digits_have_the_published_quality(name: str) -> None:
     assert (served["num_images"], served["networks"]) == (before["num_images"], before["networks"])
     assert served["judge"]["accuracy"] == pytest.approx(before["judge"]["accuracy"], abs=0.001)
     assert served["frechet_ratio"] == pytest.approx(before["frechet_ratio"], abs=0.1)
-    text = (DOCS / "benchmarks.md").read_text()
+    text = (NOTES / "speed.md").read_text()
     lines = [cells(line) for line in text.splitlines() if line.startswith(f"| `{name}`")]
     columns = [as_column(evaluation) for evaluation in (served, before)]
     wanted = ("recognised as asked", FRECHET_RATIO)
@@ -182,7 +184,7 @@ def as_written(line: list[str]) -> str:
 
 
 @pytest.mark.parametrize("file", named(EVALUATIONS))
-def test_every_evaluation_file_has_a_row_in_the_ablations(file: str) -> None:
+def test_every_evaluation_file_has_a_row_in_the_notes(file: str) -> None:
     assert set(map(as_written, rows_of(RESULTS / file))) & set(ABLATIONS.splitlines())
 
 
@@ -197,6 +199,8 @@ def test_every_row_of_the_ablations_has_a_result_file() -> None:
     sections = [section for section in ABLATIONS.split("\n## ") if not section.startswith(WITHOUT_DATA)]
     claimed = {line for section in sections for line in section.splitlines() if line.startswith("|") and "%" in line}
     assert claimed <= measured
+    shown = {line for line in (DOCS / "ablations.md").read_text("utf-8").splitlines() if line.count("%") > 1}
+    assert {line for line in shown if line.startswith("|")} <= measured
 
 
 def test_synthetic_classifier_figures_match_the_file() -> None:
@@ -212,9 +216,8 @@ def test_synthetic_classifier_figures_match_the_file() -> None:
 def test_number_of_dropped_images_matches_the_file() -> None:
     facts = json.loads((RESULTS / "filtered.json").read_text())
     dropped, kept = sum(facts["num_dropped"]), facts["count"]
-    assert f"The command above dropped {dropped} of {dropped + kept:,} images, {dropped / (dropped + kept):.1%}." in (
-        EVALUATION
-    )
+    share = f"{dropped} of {dropped + kept:,} images, {dropped / (dropped + kept):.1%}."
+    assert f"The command above dropped {share}" in DATA_SETS
     assert (facts["format"], kept, facts["min_confidence"], facts["seed"]) == ("parquet", 10_000, 0.9, 0)
     assert facts["weights_sha256"] == load(SHIPPED_FAST).weights_sha256
     assert facts["judge_sha256"] == load_classifier("judge").sha256
@@ -225,7 +228,7 @@ def test_confidence_of_real_digits_matches_the_judge(mnist_dir: Path) -> None:
     confidence = probabilities_of(load_classifier("judge").network, images).gather(1, labels[:, None])
     least, clear, highest = ((confidence < limit).double().mean().item() for limit in (0.9, 0.96, 0.97))
     stated = f"{least:.1%} have less than 0.9, {clear:.0%} have less than 0.96, and {highest:.0%} have less than 0.97."
-    assert stated in EVALUATION
+    assert stated in DATA_SETS
 
 
 def test_fog_table_matches_the_file() -> None:
@@ -281,7 +284,7 @@ def test_table_of_prompts_matches_the_file_and_suitable_prompts_get_no_warning()
     content = json.loads((RESULTS / "clip-prompts.json").read_text())
     groups = {row["name"]: Group(**row) for row in content["groups"]}
     assert prompts_as_markdown(list(groups.values())).strip() in CLIP_GUIDANCE
-    assert f"{content['limit']:.2f}" in CLIP_GUIDANCE.split("\n### Warnings\n")[1].split("\n### ")[0]
+    assert f"{content['limit']:.2f}" in CLIP_GUIDANCE.split("\n## Warnings\n")[1].split("\n## ")[0]
     assert content["limit"] == pytest.approx(LEAST_SHARE * content["typical"])
     assert groups["prompts with the digit"].warned == 0
     assert groups["prompts with another digit"].low > 0.99
@@ -423,7 +426,7 @@ def test_ratios_of_a_service_with_four_models_match_their_measurement_and_exceed
         f"{round_to(statistics.median(each))} ({round_to(min(each))} to {round_to(max(each))})"
         for each in ratios.values()
     ]
-    assert f"are {', '.join(stated[:3])} and {stated[3]}, so models" in (DOCS / "benchmarks.md").read_text("utf-8")
+    assert f"are {', '.join(stated[:3])} and {stated[3]}, so models" in (NOTES / "speed.md").read_text("utf-8")
     assert min(statistics.median(each) for each in ratios.values()) >= 0.97
 
 
