@@ -1,5 +1,6 @@
 """Compares the batch with the same rules written as plain loops over the rows."""
 
+import gc
 import random
 import sys
 from collections import Counter
@@ -97,11 +98,13 @@ def count_calls(function: Callable[[], object]) -> int:
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.disable()  # A collection could call functions of objects of other tests.
     sys.setprofile(count_call)
     try:
         function()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
