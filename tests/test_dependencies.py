@@ -18,7 +18,7 @@ MAY_USE = {
     "app/": ["parquet", "postgres", "ray", "redis", "traces"],
     "model/": ["clip"],
     "scripts/bench": ["train", "evaluate", "bench"],
-    "scripts/": ["train", "evaluate", "clip", "diffusers", "parquet", "ray-data", "tensorboard"],
+    "scripts/": ["train", "evaluate", "clip", "diffusers", "docs", "parquet", "ray-data", "tensorboard"],
 }
 WITH_EXTRAS = ("scripts/benchmark/alternatives/", "scripts/evaluation/dataset_ray.py")
 # The code uses private or unstable interfaces of these, so only tested minor versions are permitted.
@@ -147,7 +147,7 @@ def test_constraints_are_exact_versions_within_the_declared_ranges() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {normalized(name): version for name, version in (line.split("==") for line in lines)}
     assert not {"torch", "torchvision", "unfog"} & pins.keys()
-    extras = ("traces", "train", "evaluate", "clip", "parquet", "postgres")
+    extras = ("traces", "train", "evaluate", "clip", "docs", "parquet", "postgres")
     assert declared(*extras) - {"torch", "torchvision", "unfog"} <= pins.keys()
     for requirement in [*PROJECT["dependencies"], *(r for e in EXTRAS.values() for r in e)]:
         if (name := name_of(requirement)) in pins:
