@@ -1,7 +1,10 @@
 """Reads the sections and tables of a reference document, and its code blocks with their output."""
 
+import os
 import re
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from tests.docs.markdown import ROOT
 
@@ -55,6 +58,15 @@ class Document:
             has_output = self.text.startswith("```", match.end())
             found.insert(0, Example(self.name, line, match[1], match[2], found[0] if has_output else None))
         return found
+
+
+def run_bash(script: str, folder: Path, **variables: str) -> str:
+    """Runs the commands of an example in a folder. Returns what they print."""
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def tables_in(text: str) -> list[list[Row]]:

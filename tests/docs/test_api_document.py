@@ -3,7 +3,6 @@ import base64
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -49,7 +48,7 @@ from model.spec import SHIPPED, SHIPPED_FAST
 from tests.app.api.examples import PICTURE_TASKS, REQUESTS
 from tests.app.application import client_of, run
 from tests.app.fakes import INFO, FakeRunner
-from tests.docs.document import DOCS, Document, Example, Row, codes, tables_in
+from tests.docs.document import DOCS, Document, Example, Row, codes, run_bash, tables_in
 from tests.docs.markdown import anchors
 from tests.e2e.conftest import start_service
 from tests.e2e.service import EVENTS, PNG, Service, open_png
@@ -655,19 +654,11 @@ def test_curl_example_runs_and_has_the_documented_output(
     (tmp_path / "seven.png").write_bytes(seven)
     script = example.text.replace(BASE_URL, service.url)
     assert script != example.text
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=tmp_path,
-        env={**os.environ, "API_KEY": "not-checked"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    printed = run_bash(script, tmp_path, API_KEY="not-checked")
     if example.output and example.output.language == "json":
-        assert_same_form(json.loads(example.output.text), json.loads(done.stdout))
+        assert_same_form(json.loads(example.output.text), json.loads(printed))
     elif example.output:
-        assert events_in(example.output.text) == events_in(done.stdout)
+        assert events_in(example.output.text) == events_in(printed)
 
 
 PLACEHOLDERS = {

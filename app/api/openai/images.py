@@ -15,7 +15,7 @@ from app.api.http.requests import parse_json, read_body, validate
 from app.api.http.uploads import Reader
 from app.api.openai.events import OpenAIEvents
 from app.api.openai.operations import images_operation
-from app.api.openai.plans import Plan, plan_edit, plan_generation
+from app.api.openai.plans import ImagePlan, plan_edit, plan_generation
 from app.api.openai.prompt import description_of
 from app.api.openai.schemas import (
     EDIT,
@@ -94,19 +94,19 @@ async def edits(request: Request, service: ServiceDependency, idempotency_key: I
     """Redraws a picture, or fills in the part under the transparent pixels of a mask, as in the OpenAI Images API."""
     masked = MaskedPicture(marks_by_transparency=True, complete=GENERATIONS_PATH)
 
-    def check(body: ImageEditRequest) -> tuple[ImageEditRequest, Plan]:
+    def check(body: ImageEditRequest) -> tuple[ImageEditRequest, ImagePlan]:
         return body, plan_edit(body, service.models, service.settings.largest_request, has_picture_tasks)
 
-    def read_mask(checked: tuple[ImageEditRequest, Plan], data: bytes) -> None:
+    def read_mask(checked: tuple[ImageEditRequest, ImagePlan], data: bytes) -> None:
         masked.read_mask((InpaintFields(), checked[1].info), data)
 
-    def read_image(checked: tuple[ImageEditRequest, Plan], data: bytes) -> PreparedImage:
+    def read_image(checked: tuple[ImageEditRequest, ImagePlan], data: bytes) -> PreparedImage:
         body, plan = checked
         if body.mask is None:
             return read_drawing((FittingFields(), plan.info), data)
         return masked.read_image((InpaintFields(), plan.info), data)
 
-    readers: dict[str, Reader[tuple[ImageEditRequest, Plan], PreparedImage | None]] = {
+    readers: dict[str, Reader[tuple[ImageEditRequest, ImagePlan], PreparedImage | None]] = {
         "mask": read_mask,
         "image": read_image,
     }
@@ -122,7 +122,7 @@ async def edits(request: Request, service: ServiceDependency, idempotency_key: I
 
 
 async def _respond(
-    request: Request, service: Service, body: ImagesRequest, plan: Plan, task: Task, kind: str
+    request: Request, service: Service, body: ImagesRequest, plan: ImagePlan, task: Task, kind: str
 ) -> Response:
     """Submits a task and returns its response. `kind` is the prefix of the types of its events.
 
@@ -139,7 +139,7 @@ class CreatedFormat:
     """The formats of the images of a request. `kind` is the prefix of the types of its events."""
 
     body: ImagesRequest
-    plan: Plan
+    plan: ImagePlan
     kind: str
 
     def events(self, task: Task, provenance: Callable[[], Provenance]) -> OpenAIEvents:

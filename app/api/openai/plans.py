@@ -21,7 +21,7 @@ _SIZE = re.compile(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ImagePlan:
     """How the images of a request are generated."""
 
     info: ModelInfo
@@ -36,7 +36,7 @@ class Plan:
         return size_name(self.info.image_shape[1], self.scale)
 
 
-def plan_generation(body: ImageGenerationRequest, models: Mapping[str, ModelInfo], largest_request: int) -> Plan:
+def plan_generation(body: ImageGenerationRequest, models: Mapping[str, ModelInfo], largest_request: int) -> ImagePlan:
     """Returns how the images are generated. Raises InvalidRequest if the model does not permit a field."""
     info = _model_of(body, models)
     if body.quality == "low" and info is _default(models):
@@ -57,7 +57,7 @@ def plan_edit(
     models: Mapping[str, ModelInfo],
     largest_request: int,
     has_edits: Callable[[ModelInfo], bool],
-) -> Plan:
+) -> ImagePlan:
     """Returns how the images are edited. `has_edits` returns True for a model that supports edits.
 
     Raises InvalidRequest if the model does not permit a field.
@@ -121,7 +121,7 @@ def _fast(models: Mapping[str, ModelInfo]) -> ModelInfo | None:
     return fast if is_same else None
 
 
-def _planned(body: ImagesRequest, info: ModelInfo, largest_request: int) -> Plan:
+def _planned(body: ImagesRequest, info: ModelInfo, largest_request: int) -> ImagePlan:
     """Returns the plan with the defaults of the model.
 
     Raises InvalidRequest if the settings or the model do not permit the request.
@@ -133,10 +133,10 @@ def _planned(body: ImagesRequest, info: ModelInfo, largest_request: int) -> Plan
     except ValueError as error:
         raise errors.InvalidRequest.of("prompt", str(error)) from error
     fields = {} if body.seed is None else {"seed": body.seed}
-    return Plan(info, label, scale_of(body.size, info.image_shape[1]), "high", fields)
+    return ImagePlan(info, label, scale_of(body.size, info.image_shape[1]), "high", fields)
 
 
-def _with_setting(plan: Plan, name: UsedQuality, quality: Quality) -> Plan:
+def _with_setting(plan: ImagePlan, name: UsedQuality, quality: Quality) -> ImagePlan:
     """Returns the plan with the sampler and the steps of a quality of this service, and its name in OpenAI's API."""
     setting = plan.info.setting_of(quality)
     return replace(plan, quality=name, fields={**plan.fields, **setting._asdict()})
